@@ -1,0 +1,1 @@
+"""Measurement: latency, baselines, and how each number was made."""

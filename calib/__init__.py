@@ -1,0 +1,1 @@
+"""Numbers from data: thresholds and operating points."""

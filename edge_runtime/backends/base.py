@@ -1,0 +1,177 @@
+"""The contract of everything that runs a stage.
+
+A backend owns the named tensors of one cascade: the scheduler feeds an image, asks for stages to be
+run and exits to be decided, and never sees a buffer. Tensors stay where the backend keeps them
+(host arrays, device memory) and are reused by the next frame, so whatever `decide` or `read` hands
+out is a copy.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime import confidence
+from edge_runtime.cascade import Plan, Stage
+from edge_runtime.confidence import Decision, Metric
+from edge_runtime.errors import BackendError
+from edge_runtime.tensors import TensorSpec
+
+
+class Backend(ABC):
+    """Runs the stages of a plan on named tensors.
+
+    The constructor stores; `open` loads, and leaves nothing behind when it fails; `close` may be
+    called at any time, any number of times.
+    """
+
+    #: Name as users write it.
+    name: ClassVar[str]
+    #: Execution mode as the trace shows it: who decides what runs next, and how it waits.
+    mode: ClassVar[str]
+
+    def open(self, plan: Plan, axes: Mapping[str, int], variants: Mapping[str, str]) -> None:
+        """Load every stage of `plan`.
+
+        Args:
+            plan: What will be run.
+            axes: Lengths of the image's named axes ("height", "width").
+            variants: Stage name -> precision, for stages that don't run at their first variant.
+
+        Raises:
+            BackendError: A stage can't be loaded, or its file disagrees with the manifest.
+            ConfigError: An axis has no length, or a variant does not exist.
+        """
+        try:
+            self._open(plan, axes, variants)
+        except BaseException:
+            self.close()
+            raise
+
+    @abstractmethod
+    def _open(self, plan: Plan, axes: Mapping[str, int], variants: Mapping[str, str]) -> None:
+        """Load; on failure `open` closes what was loaded so far."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything."""
+
+    @abstractmethod
+    def feed(self, image: NDArray[Any]) -> None:
+        """Begin a frame: copy in a checked batch of images, shape (batch, ...)."""
+
+    @abstractmethod
+    def run(self, stage: str) -> None:
+        """Run one stage on the current tensors.
+
+        Raises:
+            BackendError: The stage failed; `.stage` names it.
+        """
+
+    @abstractmethod
+    def decide(self, logits: str, metric: Metric, temperature: float) -> Decision:
+        """Judge the logits tensor of an exit; see `confidence.decide`."""
+
+    @abstractmethod
+    def keep(self, rows: NDArray[np.intp], tensors: Sequence[str]) -> None:
+        """Drop samples that left: compact `tensors` to `rows`, ascending; others become undefined."""
+
+    @abstractmethod
+    def read(self, tensor: str) -> NDArray[Any]:
+        """A copy of a tensor of the current frame, shape (batch, ...)."""
+
+    @abstractmethod
+    def precision(self, stage: str) -> str:
+        """The precision at which a stage was loaded."""
+
+    def __enter__(self) -> Backend:
+        """The backend itself; open it explicitly."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+
+class HostBackend(Backend):
+    """A backend whose tensors are numpy arrays: one buffer per tensor, grown to the largest batch.
+
+    Buffers keep their address between frames of the same batch size, so a subclass may bind them
+    once; `_moved` tells it when they have changed.
+    """
+
+    mode = "host"
+
+    def __init__(self) -> None:
+        self._specs: dict[str, TensorSpec] = {}
+        self._buffers: dict[str, NDArray[Any]] = {}
+        self._capacity = 0
+        self._batch = 0
+        self._image = ""
+
+    def _declare(self, plan: Plan, axes: Mapping[str, int]) -> dict[str, Stage]:
+        """Take over the plan's tensors; returns its stages with every axis but the batch known."""
+        stages = {}
+        for stage in plan.stages:
+            inputs = tuple(spec.resolve(axes) for spec in stage.inputs)
+            outputs = tuple(spec.resolve(axes) for spec in stage.outputs)
+            stages[stage.name] = Stage(stage.name, stage.kind, inputs, outputs)
+            for spec in outputs:
+                self._specs[spec.name] = spec
+        self._image = plan.image.name
+        self._specs[self._image] = plan.image.resolve(axes)
+        for spec in self._specs.values():
+            spec.sample_shape()
+        return stages
+
+    def close(self) -> None:
+        """Forget the buffers."""
+        self._specs = {}
+        self._buffers = {}
+        self._capacity = self._batch = 0
+
+    def feed(self, image: NDArray[Any]) -> None:
+        """Copy the batch in; a larger one than ever before makes every buffer grow."""
+        if not self._specs:
+            raise BackendError(f"the backend {self.name!r} is not open")
+        self._batch = len(image)
+        if self._batch > self._capacity:
+            self._capacity = self._batch
+            self._buffers = {
+                spec.name: np.zeros((self._capacity, *spec.sample_shape()), spec.dtype)
+                for spec in self._specs.values()
+            }
+            self._moved()
+        np.copyto(self._view(self._image), image, casting="no")
+
+    def _moved(self) -> None:
+        """Called when the buffers were allocated anew."""
+
+    def _view(self, tensor: str) -> NDArray[Any]:
+        """The rows of a tensor that belong to the current frame, without a copy."""
+        return self._buffers[tensor][: self._batch]
+
+    def decide(self, logits: str, metric: Metric, temperature: float) -> Decision:
+        """Judge the logits with numpy."""
+        return confidence.decide(self._view(logits), metric, temperature)
+
+    def keep(self, rows: NDArray[np.intp], tensors: Sequence[str]) -> None:
+        """Move the rows that stay to the front of each buffer."""
+        for tensor in tensors:
+            buffer = self._buffers[tensor]
+            buffer[: len(rows)] = buffer[rows]
+        self._batch = len(rows)
+
+    def read(self, tensor: str) -> NDArray[Any]:
+        """A copy of the current rows."""
+        return self._view(tensor).copy()

@@ -1,0 +1,127 @@
+"""The command line: a table of commands, each resolved only when it is called.
+
+A command is a module with two functions: ``configure(parser)`` adds its arguments, and
+``run(args, console)`` does the work and returns what ``--json`` writes. Exit codes: 0 ok, 1 the
+operation failed, 2 usage or config, 3 missing dependency or hardware, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from edge_runtime.console import Console
+from edge_runtime.errors import EdgeRuntimeError
+from edge_runtime.schema import nearest
+
+logger = logging.getLogger(__name__)
+
+
+class Command(NamedTuple):
+    """Where a command lives and what it is for."""
+
+    module: str
+    help: str
+
+
+#: Sections of the help, in the order in which people need them.
+SECTIONS: dict[str, dict[str, Command]] = {
+    "look": {
+        "doctor": Command("edge_runtime.doctor", "what is installed here, and what is missing"),
+        "info": Command("edge_runtime.info", "what is in a bundle"),
+    },
+    "make": {
+        "export": Command("engines.export_command", "plain ONNX classifiers -> a bundle"),
+        "thresholds": Command(
+            "calib.thresholds_command", "operating points from labelled data"
+        ),
+    },
+    "measure": {
+        "evaluate": Command(
+            "edge_runtime.evaluate", "accuracy, exits and latency on labelled data"
+        ),
+        "bench": Command("bench.latency", "the cascade against its base model, in one run"),
+    },
+}
+COMMANDS = {name: command for section in SECTIONS.values() for name, command in section.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; `sys.argv` where None.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(arguments)
+    except EdgeRuntimeError as error:
+        sys.stderr.write(f"error: {error}\n")
+        logger.debug("the error's origin", exc_info=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except BrokenPipeError:
+        # The reader went away (head, less); Python must not complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+
+
+def _main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(_help())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        sys.stdout.write(f"edge-runtime {version('edge-runtime')}\n")
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        sys.stderr.write(f"error: there is no command {name!r}. {nearest(name, COMMANDS)}\n")
+        return 2
+    module = importlib.import_module(COMMANDS[name].module)
+    parser = argparse.ArgumentParser(f"edge-runtime {name}", description=module.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    module.configure(parser)
+    parser.add_argument("--json", metavar="PATH", help="write the result as JSON; - is stdout")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what happens, to stderr")
+    try:
+        args = parser.parse_args(arguments[1:])
+    except SystemExit as error:
+        return int(error.code or 0)
+    logging.basicConfig(
+        level=logging.DEBUG if args.verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    console = Console(args.json)
+    console.check()
+    result = module.run(args, console)
+    console.finish(result)
+    return int(result.get("exit_code", 0))
+
+
+def _help() -> str:
+    lines = ["usage: edge-runtime COMMAND [OPTIONS]", ""]
+    lines.append("Early-exit vision models on a robot: one bundle, many exits.")
+    for section, commands in SECTIONS.items():
+        lines += ["", f"{section}:"]
+        lines += [f"  {name:<12}{command.help}" for name, command in commands.items()]
+    lines += ["", "edge-runtime COMMAND --help shows the options of a command.", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Options that several commands share, and what they open."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, get_args
+
+from edge_runtime.dataset import ImageDataset, parse_part, parse_size
+from edge_runtime.errors import ConfigError
+from edge_runtime.load import BACKENDS, load
+from edge_runtime.manifest import Bundle
+from edge_runtime.operating_point import OperatingPoint
+from edge_runtime.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from edge_runtime.backends.onnxrt import OnnxRuntimeOptions
+
+
+def add_bundle(parser: argparse.ArgumentParser) -> None:
+    """The bundle, and how its stages are run."""
+    from edge_runtime.backends.onnxrt import Optimization
+
+    parser.add_argument("bundle", metavar="BUNDLE", help="folder of the bundle")
+    group = parser.add_argument_group("backend")
+    group.add_argument("--backend", choices=BACKENDS, default="onnxrt")
+    group.add_argument("--threads", type=int, default=0, help="0: one per core (default)")
+    group.add_argument(
+        "--provider", default="CPUExecutionProvider", help="ONNX Runtime's execution provider"
+    )
+    group.add_argument("--optimization", choices=get_args(Optimization), default="all")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Labelled images."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        required=True,
+        metavar="PATH",
+        help="a folder of class folders, or an npz with images and labels",
+    )
+    group.add_argument(
+        "--part", metavar="K/N", help="use the K-th of N disjoint parts of the data"
+    )
+    group.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
+    group.add_argument(
+        "--image-size",
+        metavar="HEIGHTxWIDTH",
+        help="size of the camera: images are scaled to cover it and cropped",
+    )
+
+
+def add_operating_point(parser: argparse.ArgumentParser) -> None:
+    """The operating point."""
+    parser.add_argument(
+        "--operating-point",
+        metavar="NAME",
+        help="a point of the bundle, or a .json file (default: zero_loss)",
+    )
+
+
+def open_data(args: argparse.Namespace, bundle: Bundle) -> ImageDataset:
+    """The images that `args` name, checked against the bundle's classes and image.
+
+    Raises:
+        ConfigError: The data is empty, has other classes, or images of another size.
+    """
+    image = bundle.cascade.image
+    if len(image.shape) != 4 or not isinstance(image.shape[3], int) or image.dtype != "uint8":
+        raise ConfigError(
+            "the bundle does not take camera images",
+            got=str(image),
+            expected="(batch, height, width, channels) uint8",
+        )
+    size = parse_size(args.image_size) if args.image_size else None
+    data = ImageDataset.open(
+        args.data, bundle.cascade.classes, image_size=size, channels=image.shape[3]
+    )
+    if args.part:
+        data = data.part(*parse_part(args.part), seed=args.seed)
+    return data
+
+
+def onnxrt_options(args: argparse.Namespace) -> OnnxRuntimeOptions:
+    """Options of the ONNX Runtime backend."""
+    from edge_runtime.backends.onnxrt import OnnxRuntimeOptions
+
+    return OnnxRuntimeOptions(
+        provider=args.provider, threads=args.threads, optimization=args.optimization
+    )
+
+
+def open_cascade(
+    args: argparse.Namespace, bundle: Bundle, data: ImageDataset, point: str | OperatingPoint | None
+) -> Scheduler:
+    """The cascade at an operating point, opened for the size of the data's images."""
+    height, width, _ = data.image(0).shape
+    return load(
+        bundle,
+        backend=args.backend,
+        operating_point=point,
+        image_size=(height, width),
+        options=onnxrt_options(args),
+    )

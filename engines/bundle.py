@@ -1,0 +1,144 @@
+"""Writes bundles: whole, or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.cascade import Cascade, Exit, Stage
+from edge_runtime.errors import ConfigError
+from edge_runtime.files import replacing_folder, sha256, write_json
+from edge_runtime.manifest import MANIFEST, SCHEMA_VERSION, Artifact, Bundle, Manifest, StageRecord
+from edge_runtime.onnx_guard import refuse_external_data
+from edge_runtime.operating_point import OperatingPoint
+from edge_runtime.schema import plain
+from edge_runtime.tensors import TensorSpec
+
+#: Both become parts of file names, on every file system.
+_STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_PRECISION = re.compile(r"[a-z0-9_]+")
+
+
+@dataclass(frozen=True)
+class BuiltStage:
+    """A stage and its ONNX models.
+
+    Attributes:
+        stage: Its place in the dataflow.
+        models: Precision ("fp32", "fp16", "int8", ...) -> ONNX file; the first one is the default.
+    """
+
+    stage: Stage
+    models: Mapping[str, bytes]
+
+    @property
+    def default(self) -> bytes:
+        """The model that runs where nobody chose another."""
+        return next(iter(self.models.values()))
+
+
+def write_bundle(
+    out: Path,
+    *,
+    name: str,
+    classes: Sequence[str],
+    image: TensorSpec,
+    stages: Sequence[BuiltStage],
+    exits: Sequence[Exit],
+    provenance: Mapping[str, Any],
+    boundary_dtype: str = "float32",
+    overwrite: bool = False,
+    operating_points: Sequence[OperatingPoint] = (),
+) -> Bundle:
+    """Write a bundle in a folder beside `out`, check it there, and move it in place.
+
+    Args:
+        out: The bundle's folder.
+        name: Name of the bundle, for people.
+        classes: Class names in the order of the logits.
+        image: Spec of the cascade's input.
+        stages: In order of execution.
+        exits: In order of evaluation.
+        provenance: What it was made from, as plain JSON data.
+        boundary_dtype: Dtype of every floating-point tensor between stages: float32 or float16.
+        overwrite: Whether a bundle that is already at `out` may be replaced. It stays whole until
+            the new one is complete.
+        operating_points: Points to put into the bundle; one without a bundle hash gets this one's.
+
+    Returns:
+        The bundle, opened and checked.
+
+    Raises:
+        ConfigError: The parts don't fit (see `Cascade`), a name is no file name, `out` exists and
+            `overwrite` is False, or a point belongs to another bundle.
+        ManifestError: A model is no ONNX file or has external data.
+        OSError: The disk is full, or the folder can't be written; nothing is left behind.
+    """
+    cascade = Cascade(tuple(classes), image, tuple(s.stage for s in stages), tuple(exits))
+    _check_names(stages)
+    _check_boundaries(cascade, boundary_dtype)
+    for built in stages:
+        for precision, model in built.models.items():
+            refuse_external_data(model, f"stage {built.stage.name!r} ({precision})")
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=name,
+        classes=cascade.classes,
+        image=image,
+        boundary_dtype=boundary_dtype,
+        stages=tuple(_record(built) for built in stages),
+        exits=cascade.exits,
+        provenance=provenance,
+    )
+    with replacing_folder(out, overwrite=overwrite) as folder:
+        (folder / "stages").mkdir()
+        for built, record in zip(stages, manifest.stages, strict=True):
+            for precision, artifact in record.variants.items():
+                (folder / artifact.file).write_bytes(built.models[precision])
+        write_json(folder / MANIFEST, plain(manifest))
+        bundle = Bundle.open(folder)
+        for point in operating_points:
+            own = dataclasses.replace(point, bundle=point.bundle or bundle.hash)
+            bundle.write_operating_point(own)
+    return dataclasses.replace(bundle, path=out)
+
+
+def _record(built: BuiltStage) -> StageRecord:
+    stage = built.stage
+    variants = {
+        precision: Artifact(f"stages/{stage.name}.{precision}.onnx", sha256(model), len(model))
+        for precision, model in built.models.items()
+    }
+    return StageRecord(stage.name, stage.kind, stage.inputs, stage.outputs, variants)
+
+
+def _check_names(stages: Sequence[BuiltStage]) -> None:
+    for built in stages:
+        if not _STAGE_NAME.fullmatch(built.stage.name):
+            raise ConfigError(
+                f"stage name {built.stage.name!r}",
+                expected="letters, digits, '_', '-' and '.', because it names a file",
+            )
+        for precision in built.models:
+            if not _PRECISION.fullmatch(precision):
+                raise ConfigError(
+                    f"stage {built.stage.name!r}: precision {precision!r}",
+                    expected="lower-case letters, digits and '_', because it names a file",
+                )
+
+
+def _check_boundaries(cascade: Cascade, dtype: str) -> None:
+    if dtype not in ("float32", "float16"):
+        raise ConfigError("boundary_dtype", got=repr(dtype), expected="float32 or float16")
+    for stage in cascade.stages:
+        for spec in stage.outputs:
+            if spec.dtype.startswith("float") and spec.dtype != dtype:
+                raise ConfigError(
+                    f"stage {stage.name!r}: output {spec.name!r} is not of the boundary's dtype",
+                    got=spec.dtype,
+                    expected=dtype,
+                )

@@ -1,0 +1,1 @@
+"""Tests of the four packages; the folders mirror them."""

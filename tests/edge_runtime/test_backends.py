@@ -1,0 +1,228 @@
+"""The contract that every backend keeps, run against every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_runtime import BackendError, Bundle, ConfigError, EdgeRuntimeError
+from edge_runtime.backends.base import Backend
+from edge_runtime.backends.fake import FakeBackend
+from edge_runtime.backends.onnxrt import OnnxRuntimeBackend
+from edge_runtime.cascade import Plan
+from tests.toys import toy_bundle, toy_cascade, toy_images
+
+AXES = {"height": 5, "width": 7}
+BACKENDS: dict[str, Callable[[Bundle], Backend]] = {
+    "fake": lambda bundle: FakeBackend(),
+    "onnxrt": OnnxRuntimeBackend,
+}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return toy_bundle(tmp_path_factory.mktemp("toy") / "toy.bundle")
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return toy_cascade().plan([0, 1, 2])
+
+
+@pytest.fixture(params=BACKENDS)
+def closed(request: pytest.FixtureRequest, bundle: Bundle) -> Backend:
+    return BACKENDS[request.param](bundle)
+
+
+@pytest.fixture
+def backend(closed: Backend, plan: Plan):
+    closed.open(plan, AXES, {})
+    yield closed
+    closed.close()
+
+
+def run_all(backend: Backend, plan: Plan, images: np.ndarray) -> dict[str, np.ndarray]:
+    backend.feed(images)
+    for stage in plan.stages:
+        backend.run(stage.name)
+    return {spec.name: backend.read(spec.name) for s in plan.stages for spec in s.outputs}
+
+
+def test_tensors_have_the_declared_shape_and_dtype(backend: Backend, plan: Plan) -> None:
+    found = run_all(backend, plan, toy_images(3))
+    for stage in plan.stages:
+        for spec in stage.outputs:
+            assert found[spec.name].shape == (3, *spec.shape[1:])
+            assert found[spec.name].dtype.name == spec.dtype
+
+
+def test_results_do_not_depend_on_the_batch(backend: Backend, plan: Plan) -> None:
+    images = toy_images(5)
+    together = run_all(backend, plan, images)
+    for i in range(5):
+        alone = run_all(backend, plan, images[i : i + 1])
+        for name, value in alone.items():
+            np.testing.assert_allclose(together[name][i], value[0], rtol=1e-5, atol=1e-5)
+
+
+def test_samples_differ(backend: Backend, plan: Plan) -> None:
+    logits = run_all(backend, plan, toy_images(5))["final/logits"]
+    assert len(np.unique(logits.round(4), axis=0)) == 5
+
+
+def test_batches_may_grow_and_shrink(backend: Backend, plan: Plan) -> None:
+    images = toy_images(8)
+    want = run_all(backend, plan, images)["final/logits"]
+    for size in (1, 8, 3, 1, 5):
+        got = run_all(backend, plan, images[:size])["final/logits"]
+        np.testing.assert_allclose(got, want[:size], rtol=1e-5, atol=1e-5)
+
+
+def test_keep_compacts_what_later_stages_read(backend: Backend, plan: Plan) -> None:
+    images = toy_images(6)
+    want = run_all(backend, plan, images)["final/logits"]
+    backend.feed(images)
+    for name in ("preprocess", "saver"):
+        backend.run(name)
+    backend.keep(np.array([1, 4, 5]), ["pixels"])
+    for name in ("segment1", "head1"):
+        backend.run(name)
+    backend.keep(np.array([0, 2]), ["features"])
+    for name in ("segment2", "head2"):
+        backend.run(name)
+    np.testing.assert_allclose(backend.read("final/logits"), want[[1, 5]], rtol=1e-5, atol=1e-5)
+    assert len(backend.decide("final/logits", "max_softmax", 1.0).labels) == 2
+
+
+def test_read_and_decide_hand_out_copies(backend: Backend, plan: Plan) -> None:
+    first = run_all(backend, plan, toy_images(2, seed=1))["saver/logits"]
+    before = first.copy()
+    decision = backend.decide("saver/logits", "entropy", 1.0)
+    signal = decision.signal.copy()
+    run_all(backend, plan, toy_images(2, seed=2))
+    np.testing.assert_array_equal(first, before)
+    np.testing.assert_array_equal(decision.signal, signal)
+    first[:] = 0
+    assert np.abs(backend.read("saver/logits")).max() > 0
+
+
+def test_decide_agrees_with_the_logits(backend: Backend, plan: Plan) -> None:
+    logits = run_all(backend, plan, toy_images(4))["middle/logits"]
+    decision = backend.decide("middle/logits", "max_softmax", 2.0)
+    exponent = np.exp(logits.astype(np.float64) / 2)
+    softmax = exponent / exponent.sum(axis=1, keepdims=True)
+    np.testing.assert_array_equal(decision.labels, logits.argmax(axis=1))
+    np.testing.assert_allclose(decision.signal, softmax.max(axis=1), rtol=1e-5)
+    assert decision.signal.dtype == np.float32
+
+
+def test_feed_copies_the_image(backend: Backend, plan: Plan) -> None:
+    images = toy_images(2)
+    want = run_all(backend, plan, images)["pixels"]
+    backend.feed(images)
+    images[:] = 0
+    backend.run("preprocess")
+    np.testing.assert_allclose(backend.read("pixels"), want, rtol=1e-5)
+
+
+def test_an_unknown_stage_is_named(backend: Backend) -> None:
+    backend.feed(toy_images(1))
+    with pytest.raises(BackendError, match="'nonsense' was not opened") as caught:
+        backend.run("nonsense")
+    assert caught.value.stage == "nonsense"
+
+
+def test_close_is_idempotent_and_final(backend: Backend, plan: Plan) -> None:
+    backend.close()
+    backend.close()
+    with pytest.raises(BackendError):
+        backend.feed(toy_images(1))
+    with pytest.raises(BackendError):
+        backend.run("saver")
+    backend.open(plan, AXES, {})
+    run_all(backend, plan, toy_images(1))
+
+
+def test_a_failed_open_leaves_nothing_behind(closed: Backend, plan: Plan) -> None:
+    with pytest.raises(ConfigError, match="height"):
+        closed.open(plan, {}, {})
+    with pytest.raises(BackendError):
+        closed.feed(toy_images(1))
+    closed.open(plan, AXES, {})
+    run_all(closed, plan, toy_images(1))
+    closed.close()
+
+
+def test_the_precision_of_a_stage_is_told(backend: Backend) -> None:
+    assert backend.precision("saver") == "fp32"
+
+
+def test_a_plan_without_some_stages_loads_only_its_own(closed: Backend) -> None:
+    plan = toy_cascade().plan([1])
+    closed.open(plan, AXES, {})
+    closed.feed(toy_images(1))
+    with pytest.raises(BackendError, match="was not opened"):
+        closed.run("saver")
+    closed.close()
+
+
+def test_errors_are_of_our_tree_and_one_line(closed: Backend, plan: Plan) -> None:
+    with pytest.raises(EdgeRuntimeError) as caught:
+        closed.open(plan, {"height": 5}, {})
+    assert "\n" not in str(caught.value)
+
+
+def test_close_before_open_is_allowed(closed: Backend) -> None:
+    closed.close()
+
+
+class TestOnnxRuntime:
+    """What only ONNX Runtime has."""
+
+    def test_a_variant_that_does_not_exist(self, bundle: Bundle, plan: Plan) -> None:
+        backend = OnnxRuntimeBackend(bundle)
+        with pytest.raises(ConfigError, match="stage 'saver': variant: got 'int4', expected fp32"):
+            backend.open(plan, AXES, {"saver": "int4"})
+
+    def test_another_thread_count_in_one_process_is_refused(
+        self, bundle: Bundle, plan: Plan
+    ) -> None:
+        from edge_runtime.backends.onnxrt import OnnxRuntimeOptions
+
+        OnnxRuntimeBackend(bundle).open(plan, AXES, {})
+        other = OnnxRuntimeBackend(bundle, OnnxRuntimeOptions(threads=63))
+        with pytest.raises(ConfigError, match="pool of this process is already running"):
+            other.open(plan, AXES, {})
+
+    def test_an_unknown_provider_is_refused(self, bundle: Bundle, plan: Plan) -> None:
+        from edge_runtime import BackendUnavailable
+        from edge_runtime.backends.onnxrt import OnnxRuntimeOptions
+
+        backend = OnnxRuntimeBackend(bundle, OnnxRuntimeOptions(provider="Abacus"))
+        with pytest.raises(BackendUnavailable, match="execution provider: got 'Abacus'"):
+            backend.open(plan, AXES, {})
+
+    def test_a_file_that_is_no_model(self, tmp_path: Path) -> None:
+        from edge_runtime.backends.onnxrt import new_session
+
+        with pytest.raises(BackendError, match="ONNX Runtime says") as caught:
+            new_session(b"not a model")
+        assert caught.value.__cause__ is not None
+
+    def test_without_a_shared_pool_sessions_do_not_spin(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import onnxruntime
+
+        from edge_runtime.backends import onnxrt
+
+        monkeypatch.delattr(onnxruntime, "set_global_thread_pool_sizes")
+        options = onnxrt.OnnxRuntimeOptions()
+        assert not onnxrt.shared_pool_available(onnxruntime)
+        shared = onnxrt._Process().prepare(onnxruntime, options)
+        settings = onnxrt._session_options(onnxruntime, options, shared)
+        assert settings.use_per_session_threads
+        assert settings.get_session_config_entry("session.intra_op.allow_spinning") == "0"
