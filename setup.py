@@ -11,7 +11,7 @@ PACKAGES = ["edge_runtime", "edge_runtime.backends", "engines", "calib", "bench"
 
 CLI = ["PyYAML", "rich"]  # configuration files and tables
 ONNX = ["onnx", "onnxruntime"]
-# Pinned together: an unsupported pairing, made into a builder that runs without a GPU for tests only.
+# Pinned together: an unsupported pairing, which the tests make into a builder that needs no GPU.
 TENSORRT_WITHOUT_GPU = [
     "onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0",
     "tensorrt-cu13-bindings==11.4.0.106",
@@ -49,7 +49,7 @@ EXTRAS = {
 setup(
     name="edge-runtime",
     version="0.1.0",
-    description="Image classification on robots in stages: stop at the first exit that is confident enough",
+    description="Early-exit image classification on robots: stop when confident enough",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The edge-runtime contributors",

@@ -182,6 +182,10 @@ class Cascade:
 
     def _check_tensors(self) -> dict[str, TensorSpec]:
         """Check that every tensor has one producer, which comes first and fits its consumers."""
+        for stage in self.stages:
+            _unique(f"input of stage {stage.name!r}:", [spec.name for spec in stage.inputs])
+            if not stage.inputs or not stage.outputs:
+                raise ConfigError(f"stage {stage.name!r} needs at least one input and one output")
         later = {spec.name: stage.name for stage in self.stages for spec in stage.outputs}
         specs = {self.image.name: self.image}
         producer = {self.image.name: "the image"}

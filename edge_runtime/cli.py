@@ -13,6 +13,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
+from types import ModuleType
 from typing import NamedTuple
 
 from edge_runtime.console import Console
@@ -37,9 +39,7 @@ SECTIONS: dict[str, dict[str, Command]] = {
     },
     "make": {
         "export": Command("engines.export_command", "plain ONNX classifiers -> a bundle"),
-        "thresholds": Command(
-            "calib.thresholds_command", "operating points from labelled data"
-        ),
+        "thresholds": Command("calib.thresholds_command", "operating points from labelled data"),
     },
     "measure": {
         "evaluate": Command(
@@ -52,7 +52,7 @@ COMMANDS = {name: command for section in SECTIONS.values() for name, command in 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run ``edge-runtime COMMAND``.
 
     Args:
         argv: Arguments without the program's name; `sys.argv` where None.
@@ -61,8 +61,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(_help())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        sys.stdout.write(f"edge-runtime {metadata.version('edge-runtime')}\n")
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        sys.stderr.write(f"error: there is no command {name!r}. {nearest(name, COMMANDS)}\n")
+        return 2
+    module = importlib.import_module(COMMANDS[name].module)
+    return run_command(f"edge-runtime {name}", module, arguments[1:])
+
+
+def run_command(program: str, module: ModuleType, arguments: Sequence[str]) -> int:
+    """Run a command's module: parse, work, print, and turn errors into exit codes.
+
+    Args:
+        program: How the user called it.
+        module: Has `configure(parser)` and `run(args, console)`.
+        arguments: What follows the program's name.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(program, description=module.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     try:
-        return _main(arguments)
+        module.configure(parser)
+        parser.add_argument("--json", metavar="PATH", help="write the result as JSON; - is stdout")
+        parser.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
+        args = parser.parse_args(arguments)
+        level = logging.DEBUG if args.verbose else logging.WARNING
+        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+        console = Console(args.json)
+        console.check()
+        console.finish(module.run(args, console))
+    except SystemExit as error:  # argparse, which has printed its message
+        return int(error.code or 0)
     except EdgeRuntimeError as error:
         sys.stderr.write(f"error: {error}\n")
         logger.debug("the error's origin", exc_info=True)
@@ -77,40 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-
-
-def _main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(_help())
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
-        from importlib.metadata import version
-
-        sys.stdout.write(f"edge-runtime {version('edge-runtime')}\n")
-        return 0
-    name = arguments[0]
-    if name not in COMMANDS:
-        sys.stderr.write(f"error: there is no command {name!r}. {nearest(name, COMMANDS)}\n")
-        return 2
-    module = importlib.import_module(COMMANDS[name].module)
-    parser = argparse.ArgumentParser(f"edge-runtime {name}", description=module.__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    module.configure(parser)
-    parser.add_argument("--json", metavar="PATH", help="write the result as JSON; - is stdout")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log what happens, to stderr")
-    try:
-        args = parser.parse_args(arguments[1:])
-    except SystemExit as error:
-        return int(error.code or 0)
-    logging.basicConfig(
-        level=logging.DEBUG if args.verbose else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
-    )
-    console = Console(args.json)
-    console.check()
-    result = module.run(args, console)
-    console.finish(result)
-    return int(result.get("exit_code", 0))
+    return 0
 
 
 def _help() -> str:

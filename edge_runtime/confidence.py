@@ -45,23 +45,26 @@ def decide(logits: NDArray[np.floating], metric: Metric, temperature: float = 1.
         Labels, signal and confidence of each sample.
 
     Raises:
-        BackendError: A logit is NaN or infinite.
+        BackendError: A logit is NaN or infinite, or logits differ by more than float32 holds.
 
     Reference:
         Lebovitz et al., Efficient Inference With Model Cascades, TMLR 2023, section 3.
     """
     scaled = logits.astype(np.float32, copy=False)
-    if temperature != 1.0:
-        scaled = scaled / np.float32(temperature)
-    finite = np.isfinite(scaled)
-    if not finite.all():
-        bad = int(np.flatnonzero(~finite.all(axis=1))[0])
+    # Before the division, whose rounding may make two logits equal.
+    labels = scaled.argmax(axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if temperature != 1.0:
+            scaled = scaled / np.float32(temperature)
+        shifted = scaled - scaled.max(axis=1, keepdims=True)
+    # One look catches everything: a NaN or +inf makes its whole row NaN, a -inf stays, and so does
+    # a difference that float32 can't hold.
+    if not np.isfinite(shifted).all():
+        bad = int(np.flatnonzero(~np.isfinite(shifted).all(axis=1))[0])
         raise BackendError(
-            f"the logits of sample {bad} of the batch are NaN or infinite",
+            f"the logits of sample {bad} of the batch are NaN, infinite or beyond float32's range",
             remedy="The model overflows on this image: a stage at higher precision may mend it",
         )
-    labels = scaled.argmax(axis=1)
-    shifted = scaled - scaled.max(axis=1, keepdims=True)
     exponent = np.exp(shifted)
     total = exponent.sum(axis=1)
     confidence = np.float32(1) / total
@@ -90,4 +93,4 @@ def bounds(metric: Metric, classes: int) -> tuple[float, float]:
     if metric == "entropy":
         # Rounding may carry a uniform distribution a little below -ln(classes).
         return -math.log(classes) - 1e-3, 0.0
-    return 0.0, 1.0 if metric == "softmax_margin" else math.inf
+    return 0.0, 1.0 if metric == "softmax_margin" else float(np.finfo(np.float32).max)

@@ -95,7 +95,9 @@ class Console:
         RichConsole(file=self._people, width=width, highlight=False).print(table)
         self._people.flush()
 
-    def progress(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    def progress(
+        self, items: Iterable[T], description: str, total: int | None = None
+    ) -> Iterator[T]:
         """Yield `items`, showing how far it is: a bar on a terminal, else a line now and then."""
         if total is None and hasattr(items, "__len__"):
             total = len(items)

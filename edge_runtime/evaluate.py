@@ -223,7 +223,9 @@ def verdict(evaluation: Evaluation) -> str:
         speed_up = f"{1 / times.value:.2f} times faster [{1 / times.high:.2f}, {1 / times.low:.2f}]"
         return f"{accuracy}\nIt takes {measured}, {speed_up}."
     if times.low > 1:
-        return f"{accuracy}\nThis cascade does NOT pay here: {measured}, {times.value - 1:.0%} more."
+        return (
+            f"{accuracy}\nThis cascade does NOT pay here: {measured}, {times.value - 1:.0%} more."
+        )
     return f"{accuracy}\nThis cascade does not clearly pay here: {measured}, no difference shown."
 
 
@@ -240,7 +242,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     bundle = Bundle.open(args.bundle)
     data = options.open_data(args, bundle)
     with ExitStack() as stack:
-        cascade = stack.enter_context(options.open_cascade(args, bundle, data, args.operating_point))
+        cascade = stack.enter_context(
+            options.open_cascade(args, bundle, data, args.operating_point)
+        )
         base_point = OperatingPoint(name="base", policy="never", variants=cascade.point.variants)
         base = stack.enter_context(options.open_cascade(args, bundle, data, base_point))
         series = classify_in_turn(

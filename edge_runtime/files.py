@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
+import secrets
 import shutil
-import tempfile
+import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.errors import ConfigError, ManifestError
+from edge_runtime.errors import ConfigError, EdgeRuntimeError, ManifestError
 
 #: A manifest with thousands of classes stays below this; a larger file is not ours.
 MAX_JSON_BYTES = 64 * 2**20
+
+#: Our files are a handful of levels deep; far deeper ones exhaust Python's stack in later code.
+_MAX_DEPTH = 64
 
 
 def sha256(data: bytes) -> str:
@@ -23,97 +30,162 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def read_plain(path: Path, what: str) -> bytes:
+    """Read a file that may come from anywhere: no pipe, no device, nothing endless.
+
+    Raises:
+        ManifestError: The file is missing, unreadable, not a plain file or over 64 MiB.
+    """
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            raise ManifestError(f"{what} {path} is not a plain file")
+        if info.st_size > MAX_JSON_BYTES:
+            raise ManifestError(f"{what} {path}", got="a file over 64 MiB", expected="JSON")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ManifestError(f"{what} {path} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{what} {path} can't be read: {error}") from error
+
+
+def parse_json(data: bytes, what: str) -> Any:
+    """Read JSON text that may come from anywhere.
+
+    Args:
+        data: The text, UTF-8.
+        what: What it is, for the message, with its path.
+
+    Raises:
+        ManifestError: It is truncated, has a key twice, a number that is not finite, or is nested
+            deeper than 64 levels.
+    """
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_distinct,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
+        _check_depth(value)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(
+            f"{what} is not whole: {error}", remedy="Restore it or export it again"
+        ) from error
+    return value
+
+
 def read_json(path: Path, what: str) -> Any:
     """Read a JSON file that may come from anywhere.
 
     Raises:
-        ManifestError: The file is missing, unreadable, too large, truncated or has a key twice.
+        ManifestError: As for `read_plain` and `parse_json`.
     """
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ManifestError(f"{what} {path}", got="a file over 64 MiB", expected="JSON")
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ManifestError(f"{what} {path} does not exist") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{what} {path} can't be read: {error}") from error
-    try:
-        return json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(
-            f"{what} {path} is not whole: {error}", remedy="Restore it or export it again"
-        ) from error
+    return parse_json(read_plain(path, what), f"{what} {path}")
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write indented JSON so that a reader sees the old file or the new one, never a part."""
+    """Write indented JSON so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        EdgeRuntimeError: The file can't be written; the old one is still there.
+    """
     text = json.dumps(data, indent=2, allow_nan=False) + "\n"
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    path = Path(os.path.realpath(path))
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+        if path.exists() and not path.is_file() and not path.is_dir():
+            # A terminal, a pipe or /dev/null: to replace it would destroy it.
+            path.write_text(text, encoding="utf-8")
+        else:
+            _replace_file(path, text)
+    except OSError as error:
+        raise EdgeRuntimeError(f"{path} can't be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
-def replacing_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
+def replacing_folder(
+    target: Path, *, overwrite: bool, marker: str = "manifest.json"
+) -> Iterator[Path]:
     """Build a folder beside `target` and move it there only when it is complete.
 
     Args:
-        target: The folder to create.
+        target: The folder to create; where it is a symbolic link, the folder it points to.
         overwrite: Whether a folder that is already there may be replaced.
+        marker: A file that shows that the folder is one of ours. Replacing deletes what was
+            there, so a folder that has something else in it and no such file is never replaced.
 
     Yields:
         An empty folder on the same file system, to be filled.
 
     Raises:
-        ConfigError: `target` exists and `overwrite` is False, or its parent does not exist.
+        ConfigError: `target` exists and may not be replaced, or its parent does not exist.
+        EdgeRuntimeError: A file can't be read or written; what was there is still there.
     """
-    if target.exists() and not overwrite:
-        raise ConfigError(f"{target} exists", remedy="Choose another --out, or give --force")
+    target = Path(os.path.realpath(target))
+    if target.exists():
+        _check_replaceable(target, overwrite, marker)
     if not target.parent.is_dir():
         raise ConfigError(f"the folder {target.parent} does not exist", remedy="Create it first")
-    building = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    building, old = _beside(target), _beside(target)
     try:
+        building.mkdir()
         yield building
-        building.chmod(0o755)
         for path in sorted(building.rglob("*")):
-            if path.is_file():
-                _fsync(path)
+            _fsync(path)
         _fsync(building)
-        _swap(building, target)
+        if overwrite and target.exists():
+            target.rename(old)
+        building.rename(target)
         _fsync(target.parent)
-    except BaseException:
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        if old.exists() and not target.exists():
+            old.rename(target)
         shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise EdgeRuntimeError(f"{target} was not written: {error}") from error
         raise
 
 
-def _swap(building: Path, target: Path) -> None:
-    """Put `building` where `target` is; on any failure the old folder is back in its place."""
-    if not target.exists():
-        os.rename(building, target)
-        return
-    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-    os.rename(target, old)
+def _replace_file(path: Path, text: str) -> None:
+    writing = _beside(path)
     try:
-        os.rename(building, target)
+        with writing.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        writing.replace(path)
     except BaseException:
-        os.rename(old, target)
+        with contextlib.suppress(OSError):
+            writing.unlink()
         raise
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    """A free hidden name in the same folder."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+
+
+def _check_replaceable(target: Path, overwrite: bool, marker: str) -> None:
+    """Refuse to replace what the user did not mean or can't have meant."""
+    if not overwrite:
+        raise ConfigError(f"{target} exists", remedy="Choose another --out, or give --force")
+    if not target.is_dir() or (not (target / marker).is_file() and any(target.iterdir())):
+        raise ConfigError(
+            f"{target} is not replaced: it is no folder with a {marker}",
+            remedy="Choose another --out, or remove it yourself",
+        )
 
 
 def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        # Some network and FUSE file systems can't do it for folders.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
         os.close(handle)
 
@@ -121,11 +193,31 @@ def _fsync(path: Path) -> None:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {twice!r} appears twice")
     return data
 
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text} is too large")
+    return value
+
+
+def _check_depth(value: object) -> None:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            item
+            for parent in level
+            if isinstance(parent, dict | list)
+            for item in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested deeper than {_MAX_DEPTH} levels")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,8 @@ from typing import Any
 
 from edge_runtime import schema
 from edge_runtime.cascade import Cascade, Exit, Stage, StageKind
-from edge_runtime.errors import ConfigError, ManifestError
-from edge_runtime.files import read_json, sha256
+from edge_runtime.errors import ConfigError, EdgeRuntimeError, ManifestError
+from edge_runtime.files import parse_json, read_plain, sha256
 from edge_runtime.onnx_guard import refuse_external_data
 from edge_runtime.operating_point import OperatingPoint
 from edge_runtime.tensors import TensorSpec
@@ -31,6 +32,9 @@ MANIFEST = "manifest.json"
 OPERATING_POINTS = "operating_points"
 
 _HASH = re.compile(r"[0-9a-f]{64}")
+# Both become parts of file names, in the bundle and in the cache of engines.
+_STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_PRECISION = re.compile(r"[a-z0-9_]+")
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Artifact:
     def __post_init__(self) -> None:
         """Refuse what can't be a file of the bundle."""
         if not _HASH.fullmatch(self.sha256):
-            raise ConfigError("sha256", got=repr(self.sha256), expected="64 hex digits")
+            raise ConfigError("sha256", got=repr(self.sha256)[:80], expected="64 hex digits")
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,19 @@ class StageRecord:
     variants: Mapping[str, Artifact]
 
     def __post_init__(self) -> None:
-        """A stage without a file can't run."""
+        """A stage without a file can't run, and names must not lead out of a folder."""
+        if not _STAGE_NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"stage name {self.name!r}", expected="letters, digits, '_', '-' and '.'"
+            )
         if not self.variants:
             raise ConfigError(f"stage {self.name!r} has no variant")
+        for precision in self.variants:
+            if not _PRECISION.fullmatch(precision):
+                raise ConfigError(
+                    f"stage {self.name!r}: precision {precision!r}",
+                    expected="lower-case letters, digits and '_'",
+                )
 
     @property
     def stage(self) -> Stage:
@@ -105,6 +119,13 @@ class Manifest:
     stages: tuple[StageRecord, ...]
     exits: tuple[Exit, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a boundary that no variant could have."""
+        if self.boundary_dtype not in ("float32", "float16"):
+            raise ConfigError(
+                "boundary_dtype", got=repr(self.boundary_dtype), expected="float32 or float16"
+            )
 
     @property
     def cascade(self) -> Cascade:
@@ -147,8 +168,9 @@ class Bundle:
                 f"the bundle {root} does not exist",
                 remedy="Make one with: edge-runtime export CONFIG.yaml --out my.bundle",
             )
-        file = root / MANIFEST
-        data = read_json(file, "manifest")
+        file = _inside(root, MANIFEST)
+        text = read_plain(file, "manifest")
+        data = parse_json(text, f"manifest {file}")
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
             raise ManifestError(
@@ -158,11 +180,14 @@ class Bundle:
                 remedy="The bundle is of another version of edge-runtime: export it again",
             )
         try:
-            manifest = schema.read(Manifest, data, MANIFEST)
+            manifest = schema.read(Manifest, data, f"manifest {file}")
+        except ConfigError as error:
+            raise ManifestError(str(error)) from error
+        try:
             cascade = manifest.cascade
         except ConfigError as error:
             raise ManifestError(f"manifest {file}: {error}") from error
-        bundle = cls(root, manifest, sha256(file.read_bytes()), cascade)
+        bundle = cls(root, manifest, sha256(text), cascade)
         for record in manifest.stages:
             for precision in record.variants:
                 bundle.stage_model(record.name, precision)
@@ -210,8 +235,6 @@ class Bundle:
         """
         artifact = self.record(stage).variants[precision]
         data = self._read(artifact)
-        if len(data) != artifact.size:
-            raise self._altered(artifact, "size", len(data), artifact.size)
         digest = sha256(data)
         if digest != artifact.sha256:
             raise self._altered(artifact, "sha256", digest, artifact.sha256)
@@ -219,8 +242,12 @@ class Bundle:
         return data
 
     def operating_points(self) -> dict[str, Path]:
-        """Files of the operating points in the bundle, by name, sorted."""
-        folder = self.path / OPERATING_POINTS
+        """Files of the operating points in the bundle, by name, sorted.
+
+        Raises:
+            ManifestError: Their folder leaves the bundle.
+        """
+        folder = _inside(self.path, OPERATING_POINTS)
         return {path.stem: path for path in sorted(folder.glob("*.json"))}
 
     def operating_point(self, name: str) -> OperatingPoint:
@@ -236,7 +263,7 @@ class Bundle:
         if name.endswith(".json"):
             path = Path(name)
         elif name in points:
-            path = points[name]
+            path = _inside(self.path, OPERATING_POINTS, points[name].name)
         else:
             raise ManifestError(
                 f"the bundle {self.path} has no operating point {name!r}",
@@ -260,7 +287,10 @@ class Bundle:
             The file that was written.
 
         Raises:
-            ConfigError: The point belongs to another bundle or does not fit this cascade.
+            ConfigError: The point belongs to another bundle, or does not fit this cascade or its
+                variants.
+            ManifestError: The folder of operating points leaves the bundle.
+            EdgeRuntimeError: The file can't be written; an old one of this name is still there.
         """
         if point.bundle != self.hash:
             raise ConfigError(
@@ -269,8 +299,13 @@ class Bundle:
                 expected=self.hash[:12],
             )
         point.policy_for(self.cascade)
-        folder = self.path / OPERATING_POINTS
-        folder.mkdir(exist_ok=True)
+        for stage in point.variants:
+            self.precision(stage, point.variants)
+        folder = _inside(self.path, OPERATING_POINTS)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise EdgeRuntimeError(f"{folder} can't be made: {error.strerror}") from error
         path = folder / f"{point.name}.json"
         point.write(path)
         return path
@@ -282,22 +317,20 @@ class Bundle:
             raise ManifestError(
                 f"manifest {self.path / MANIFEST}: the path {artifact.file!r} leaves the bundle"
             )
-        path = self.path
-        for part in parts:
-            path = path / part
-            if path.is_symlink():
-                raise ManifestError(
-                    f"{path} is a symbolic link; a bundle holds plain files only",
-                    remedy="Copy the file itself into the bundle's place, or export again",
-                )
         try:
+            path = _inside(self.path, *parts)
+            info = path.stat()
+            if not stat.S_ISREG(info.st_mode):
+                raise ManifestError(f"{path} is not a plain file")
+            if info.st_size != artifact.size:
+                raise self._altered(artifact, "size", info.st_size, artifact.size)
             return path.read_bytes()
         except FileNotFoundError as error:
             raise ManifestError(
                 f"{path} is missing", remedy="Restore it or export the bundle again"
             ) from error
-        except OSError as error:
-            raise ManifestError(f"{path} can't be read: {error}") from error
+        except (OSError, ValueError) as error:
+            raise ManifestError(f"{self.path}: {artifact.file!r} can't be read: {error}") from error
 
     def _altered(
         self, artifact: Artifact, what: str, got: object, expected: object
@@ -308,3 +341,16 @@ class Bundle:
             expected=expected,
             remedy="Restore the file or export the bundle again",
         )
+
+
+def _inside(root: Path, *parts: str) -> Path:
+    """A path inside the bundle, refusing links, which could lead out of it."""
+    path = root
+    for part in parts:
+        path = path / part
+        if path.is_symlink():
+            raise ManifestError(
+                f"{path} is a symbolic link; a bundle holds plain files only",
+                remedy="Copy what it points to into its place, or export the bundle again",
+            )
+    return path

@@ -25,6 +25,8 @@ _CHILDREN: dict[str, dict[int, str]] = {
 }
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+#: At bytes 4 to 8 of a model in ONNX Runtime's own format, which it prefers to protobuf.
+_ORT_FORMAT = b"ORTM"
 
 
 def refuse_external_data(model: bytes, where: str) -> None:
@@ -37,6 +39,8 @@ def refuse_external_data(model: bytes, where: str) -> None:
     Raises:
         ManifestError: A tensor has external data, or the bytes are no protobuf message.
     """
+    if model[4:8] == _ORT_FORMAT:
+        raise ManifestError(f"{where} is not an ONNX file", got="ONNX Runtime's own format")
     view = memoryview(model)
     queue = [("Model", 0, len(view))]
     try:
@@ -62,6 +66,9 @@ def _fields(view: memoryview, at: int, end: int) -> Iterator[tuple[int, int, int
     while at < end:
         key, at = _varint(view, at)
         number, wire = key >> 3, key & 7
+        if not 0 < number < 1 << 29:
+            # Some protobuf parsers drop the upper bits and would see another field than this scan.
+            raise ValueError(f"field number {number}")
         if wire == _VARINT:
             value, at = _varint(view, at)
             yield number, wire, value, at

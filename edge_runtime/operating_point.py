@@ -7,7 +7,7 @@ without its origin.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ from edge_runtime.errors import ConfigError, ManifestError
 from edge_runtime.files import read_json, write_json
 
 SCHEMA_VERSION = 1
+
+# Signals are compared, and logits divided, in float32.
+_SMALLEST = float(np.finfo(np.float32).tiny)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -60,17 +64,14 @@ class OperatingPoint:
 
     def __post_init__(self) -> None:
         """Refuse what no cascade could run."""
-        if not self.name or any(c in self.name for c in "/\\\0") or self.name.startswith("."):
+        if not _is_plain_name(self.name):
             raise ConfigError(
-                "name of an operating point", got=repr(self.name), expected="a plain file name"
+                "name of an operating point",
+                got=repr(self.name),
+                expected="a plain file name without .json",
             )
         if self.schema_version != SCHEMA_VERSION:
-            raise ConfigError(
-                f"operating point {self.name!r}: schema version",
-                got=self.schema_version,
-                expected=SCHEMA_VERSION,
-                remedy="It was written by another version of edge-runtime: choose it again",
-            )
+            raise _wrong_version(f"operating point {self.name!r}", self.schema_version)
         if self.metric not in METRICS:
             raise ConfigError("metric", got=repr(self.metric), expected=", ".join(METRICS))
         if self.policy not in policies.POLICIES:
@@ -78,25 +79,31 @@ class OperatingPoint:
                 "policy", got=repr(self.policy), expected=", ".join(policies.POLICIES)
             )
         policies.check_patience(self.patience)
-        for exit_name, temperature in self.temperatures.items():
-            if not temperature > 0:
+        for exit_name, threshold in self.thresholds.items():
+            if threshold is not None and not abs(threshold) <= _LARGEST:
                 raise ConfigError(
-                    f"temperature of exit {exit_name!r}", got=temperature, expected="> 0"
+                    f"threshold of exit {exit_name!r}",
+                    got=threshold,
+                    expected="a float32 number, or null where the exit can't fire",
+                )
+        for exit_name, temperature in self.temperatures.items():
+            if not _SMALLEST <= temperature <= _LARGEST:
+                raise ConfigError(
+                    f"temperature of exit {exit_name!r}",
+                    got=temperature,
+                    expected="a float32 number > 0",
                 )
 
     def policy_for(self, cascade: Cascade) -> policies.Policy:
         """The rule for a cascade, with thresholds in the order of its exits.
 
         Raises:
-            ConfigError: A threshold or temperature names an exit that the cascade lacks.
+            ConfigError: A threshold or temperature names an exit, or a variant a stage, that the
+                cascade lacks.
         """
         names = [exit_.name for exit_ in cascade.exits]
-        for name in (*self.thresholds, *self.temperatures):
-            if name not in names:
-                raise ConfigError(
-                    f"operating point {self.name!r}: the cascade has no exit {name!r}",
-                    remedy=schema.nearest(name, names),
-                )
+        self._check_names("exit", (*self.thresholds, *self.temperatures), names)
+        self._check_names("stage", self.variants, [stage.name for stage in cascade.stages])
         lowest, highest = bounds(self.metric, len(cascade.classes))
         early = tuple(self._usable(name, highest) for name in names[:-1])
         if self.policy == "never" or (self.policy == "threshold" and not any_set(early)):
@@ -106,6 +113,14 @@ class OperatingPoint:
         if self.policy == "patience":
             return policies.Patience(self.patience)
         return policies.PatientAndConfident(early, self.patience)
+
+    def _check_names(self, what: str, used: Iterable[str], valid: Sequence[str]) -> None:
+        for name in used:
+            if name not in valid:
+                raise ConfigError(
+                    f"operating point {self.name!r}: the cascade has no {what} {name!r}",
+                    remedy=schema.nearest(name, valid),
+                )
 
     def _usable(self, exit_name: str, highest: float) -> float | None:
         """The threshold of an exit, None where no signal can reach it."""
@@ -144,10 +159,16 @@ class OperatingPoint:
         Raises:
             ManifestError: The file is missing, is not JSON or has other contents.
         """
+        where = f"operating point {path}"
+        data = read_json(path, "operating point")
         try:
-            return schema.read(cls, read_json(path, "operating point"), path.name)
+            # First: another version may have other keys.
+            version = data.get("schema_version") if isinstance(data, dict) else None
+            if isinstance(version, int) and version != SCHEMA_VERSION:
+                raise _wrong_version(where, version)
+            return schema.read(cls, data, where)
         except ConfigError as error:
-            raise ManifestError(f"operating point {path}: {error}") from error
+            raise ManifestError(str(error)) from error
 
     def to_json(self) -> str:
         """The point as indented JSON text."""
@@ -157,3 +178,24 @@ class OperatingPoint:
 def any_set(thresholds: tuple[float | None, ...]) -> bool:
     """Whether at least one exit can fire."""
     return any(threshold is not None for threshold in thresholds)
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether a name is one file on every system, and not taken for the path of a file."""
+    return (
+        name.isprintable()
+        and name == name.strip()
+        and not any(c in name for c in "/\\")
+        and not name.startswith(".")
+        and not name.endswith(".json")
+        and 0 < len(name.encode("utf-8", "replace")) <= 200
+    )
+
+
+def _wrong_version(where: str, version: int) -> ConfigError:
+    return ConfigError(
+        f"{where}: schema version",
+        got=version,
+        expected=SCHEMA_VERSION,
+        remedy="It was written by another version of edge-runtime: choose it again",
+    )

@@ -39,9 +39,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a folder of class folders, or an npz with images and labels",
     )
-    group.add_argument(
-        "--part", metavar="K/N", help="use the K-th of N disjoint parts of the data"
-    )
+    group.add_argument("--part", metavar="K/N", help="use the K-th of N disjoint parts of the data")
     group.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
     group.add_argument(
         "--image-size",

@@ -103,7 +103,8 @@ class Threshold:
         threshold = self.thresholds[position]
         if threshold is None:
             return np.zeros(len(decision.labels), bool)
-        return decision.signal >= np.float32(threshold)
+        leaves: NDArray[np.bool_] = decision.signal >= np.float32(threshold)
+        return leaves
 
 
 @dataclass(frozen=True, slots=True)

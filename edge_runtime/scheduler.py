@@ -220,7 +220,9 @@ class Scheduler:
         predictions = self.classify(image[None] if single else image, deadline_s=deadline_s)
         return predictions[0] if single else predictions
 
-    def classify(self, images: NDArray[Any], *, deadline_s: float | None = None) -> list[Prediction]:
+    def classify(
+        self, images: NDArray[Any], *, deadline_s: float | None = None
+    ) -> list[Prediction]:
         """Classify a batch, shape (batch, ...); see `__call__`."""
         if deadline_s is not None and not deadline_s > 0:
             raise InputError("deadline_s", got=deadline_s, expected="seconds > 0")
@@ -359,7 +361,9 @@ class Scheduler:
 
     def _check_open(self) -> None:
         if not self._opened:
-            raise BackendError("the cascade is closed", remedy="Open it: with er.load(...) as cascade")
+            raise BackendError(
+                "the cascade is closed", remedy="Open it: with er.load(...) as cascade"
+            )
 
 
 class _Frame:

@@ -204,7 +204,13 @@ def _key(key: object, where: _Place) -> str:
 
 
 def _mismatch(where: object, data: object, expected: str) -> ConfigError:
-    return ConfigError(str(where), got=f"{type(data).__name__} {data!r}"[:80], expected=expected)
+    if data is None:
+        got = "null"
+    elif isinstance(data, Mapping):
+        got = f"a mapping {data!r}"
+    else:
+        got = f"{type(data).__name__.lstrip('_').lower()} {data!r}"
+    return ConfigError(str(where), got=got[:80], expected=expected)
 
 
 def _alternatives(kinds: Iterable[Any]) -> str:

@@ -49,8 +49,12 @@ class TensorSpec:
                 expected=f"{BATCH!r}, or 1 for one sample at a time",
             )
         for axis in self.shape:
-            if isinstance(axis, int) and axis < 1:
-                raise ConfigError(f"tensor {self.name!r}: shape", got=list(self.shape))
+            if axis == "" or (isinstance(axis, int) and axis < 1):
+                raise ConfigError(
+                    f"tensor {self.name!r}: shape",
+                    got=list(self.shape),
+                    expected="lengths >= 1 or names",
+                )
 
     def resolve(self, axes: Mapping[str, int]) -> TensorSpec:
         """The same tensor with the named axes of `axes` replaced by their lengths."""
@@ -100,10 +104,9 @@ class TensorSpec:
             raise InputError(
                 f"input {self.name!r}", got=type(array).__name__, expected="a numpy.ndarray"
             )
-        if array.dtype.name != self.dtype:
-            raise InputError(
-                f"input {self.name!r}: dtype", got=array.dtype.name, expected=self.dtype
-            )
+        if array.dtype != np.dtype(self.dtype):
+            # A dtype of foreign byte order has the same name, but not the same str().
+            raise InputError(f"input {self.name!r}: dtype", got=array.dtype, expected=self.dtype)
         if array.ndim != len(self.shape) or any(
             isinstance(want, int) and have != want
             for have, want in zip(array.shape[1:], self.shape[1:], strict=True)

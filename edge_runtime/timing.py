@@ -129,9 +129,7 @@ def ratio(
     return Ratio(float(statistic(a) / statistic(b)), float(low), float(high))
 
 
-def warm_up(
-    work: Callable[[], object], *, iterations: int, seconds: float, clock: Clock
-) -> None:
+def warm_up(work: Callable[[], object], *, iterations: int, seconds: float, clock: Clock) -> None:
     """Call `work` until both `iterations` calls were made and `seconds` have passed."""
     begin, calls = clock(), 0
     while calls < iterations or clock() - begin < seconds:

@@ -41,6 +41,18 @@ class BuiltStage:
         return next(iter(self.models.values()))
 
 
+def check_out(out: Path, *, overwrite: bool) -> None:
+    """Refuse before any work what `write_bundle` would refuse after it.
+
+    Raises:
+        ConfigError: `out` exists and `overwrite` is False, or its folder does not exist.
+    """
+    if out.exists() and not overwrite:
+        raise ConfigError(f"{out} exists", remedy="Choose another --out, or give --force")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"the folder {out.parent} does not exist", remedy="Create it first")
+
+
 def write_bundle(
     out: Path,
     *,
@@ -76,7 +88,7 @@ def write_bundle(
         ConfigError: The parts don't fit (see `Cascade`), a name is no file name, `out` exists and
             `overwrite` is False, or a point belongs to another bundle.
         ManifestError: A model is no ONNX file or has external data.
-        OSError: The disk is full, or the folder can't be written; nothing is left behind.
+        EdgeRuntimeError: The disk is full, or the folder can't be written; nothing is left behind.
     """
     cascade = Cascade(tuple(classes), image, tuple(s.stage for s in stages), tuple(exits))
     _check_names(stages)

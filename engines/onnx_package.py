@@ -4,6 +4,8 @@ Modules here write ``from engines.onnx_package import onnx``; importing one of t
 package raises `BackendUnavailable`, never a bare `ImportError`.
 """
 
+import importlib
+
 from edge_runtime.errors import missing_package
 
 try:
@@ -15,4 +17,7 @@ try:
 except ImportError as error:
     raise missing_package("onnx", "export") from error
 
-__all__ = ["onnx"]
+#: What parsing bytes that are no ONNX file raises.
+DecodeError: type[Exception] = importlib.import_module("google.protobuf.message").DecodeError
+
+__all__ = ["DecodeError", "onnx"]

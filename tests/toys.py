@@ -48,11 +48,11 @@ def toy_bundle(out: Path) -> Bundle:
     cascade = toy_cascade()
     models = {
         "preprocess": mean_model(),
-        "saver": dense_model("pixels", "saver/logits", 3, 4, seed=1, scale=0.1),
-        "segment1": dense_model("pixels", "features", 3, 6, seed=2, scale=0.02),
-        "head1": dense_model("features", "middle/logits", 6, 4, seed=3, scale=3),
+        "saver": dense_model("pixels", "saver/logits", 3, 4, seed=1, scale=0.004),
+        "segment1": dense_model("pixels", "features", 3, 6, seed=2, scale=0.004),
+        "head1": dense_model("features", "middle/logits", 6, 4, seed=3, scale=0.5),
         "segment2": dense_model("features", "deep", 6, 6, seed=4, batch=1),
-        "head2": dense_model("deep", "final/logits", 6, 4, seed=5, scale=4),
+        "head2": dense_model("deep", "final/logits", 6, 4, seed=5, scale=1),
     }
     return write_bundle(
         out,

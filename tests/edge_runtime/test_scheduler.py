@@ -359,21 +359,22 @@ def test_logits_of_every_exit() -> None:
     np.testing.assert_array_equal(found["exit0"][:, 0], np.float32([CONFIDENT, UNSURE]))
 
 
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> er.Bundle:
+    return toy_bundle(tmp_path_factory.mktemp("toy") / "toy.bundle")
+
+
 class TestOnOnnxRuntime:
     """The same promises on real models."""
 
-    @pytest.fixture(scope="class")
-    def bundle(self, tmp_path_factory: pytest.TempPathFactory) -> er.Bundle:
-        return toy_bundle(tmp_path_factory.mktemp("toy") / "toy.bundle")
-
     def test_batch_1_and_batch_64_leave_at_the_same_exits(self, bundle: er.Bundle) -> None:
         images = toy_images(64)
-        op = OperatingPoint("test", thresholds={"saver": 0.75, "middle": 0.9})
+        op = OperatingPoint("test", thresholds={"saver": 0.49, "middle": 0.45})
         with er.load(bundle, operating_point=op, image_size=(5, 7)) as cascade:
             together = cascade(images)
             alone = [cascade(one) for one in images]
         assert len({p.exit for p in together}) == 3
-        limits = {"saver": 0.75, "middle": 0.9}
+        limits = {"saver": 0.49, "middle": 0.45}
         for a, b in zip(together, alone, strict=True):
             near = any(abs(e.signal - limits.get(e.exit, 9)) < 1e-6 for e in b.trace.exits)
             assert near or (a.exit, a.label) == (b.exit, b.label)

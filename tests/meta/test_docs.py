@@ -2,14 +2,14 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.meta.repository import ROOT, copy_repository_files
+
 README = ROOT / "README.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("**/*.md"))]
 
@@ -57,7 +57,7 @@ def shell_blocks(text: str) -> list[tuple[set[str], list[str]]]:
     for match in FENCE.finditer(text):
         language, *tags = match["tags"].split() or [""]
         if language == "bash":
-            lines = match["body"].replace("\\\n", " ").splitlines()
+            lines = match["body"].replace("\\\n", "").splitlines()
             commands = [line.strip().removeprefix("$ ") for line in lines]
             blocks.append((set(tags), [line for line in commands if line and line[0] != "#"]))
     return blocks
@@ -94,13 +94,7 @@ def playgrounds(tmp_path_factory: pytest.TempPathFactory):
     def playground(document: Path) -> Path:
         if document not in copies:
             copies[document] = tmp_path_factory.mktemp(document.stem)
-            command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-            listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-            for name in filter(None, listed.stdout.split("\0")):
-                target = copies[document] / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if (ROOT / name).is_file():
-                    shutil.copy(ROOT / name, target)
+            copy_repository_files(copies[document])
         return copies[document]
 
     return playground
@@ -113,9 +107,10 @@ def test_links_resolve(document):
     for link in links(text):
         name, _, anchor = link.partition("#")
         target = (document.parent / name).resolve() if name else document
-        if not target.exists() or not target.is_relative_to(ROOT):
-            broken.append(link)
-        elif anchor and anchor not in anchors(target.read_text(encoding="utf-8")):
+        found = target.exists() and target.is_relative_to(ROOT)
+        if found and anchor:
+            found = anchor in anchors(target.read_text(encoding="utf-8"))
+        if not found:
             broken.append(link)
     assert not broken
 

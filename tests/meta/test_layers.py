@@ -1,11 +1,11 @@
 """Imports between the four packages go one way."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.meta.repository import ROOT
+
 LAYERS = ["edge_runtime", "engines", "calib", "bench"]
 
 

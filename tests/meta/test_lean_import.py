@@ -3,9 +3,9 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.meta.repository import ROOT
+
 PROGRAM = """
 import json, sys
 import numpy, numpy.random

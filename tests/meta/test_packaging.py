@@ -4,7 +4,6 @@ import configparser
 import email
 import email.message
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,16 +11,21 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.meta.repository import copy_repository_files, repository_files
+
 PACKAGES = ["edge_runtime", "engines", "calib", "bench"]
-EXTRAS = "bench calib cpu dev export jetson jtop loop tensorrt video".split()
-
-
-def repository_files(*paths: str) -> list[str]:
-    """Return the files under `paths` that git tracks or would track."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *paths]
-    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return sorted({name for name in output.split("\0") if name and (ROOT / name).is_file()})
+EXTRAS = [
+    "bench",
+    "calib",
+    "cpu",
+    "dev",
+    "export",
+    "jetson",
+    "jtop",
+    "loop",
+    "tensorrt",
+    "video",
+]
 
 
 def pip(*arguments: object) -> None:
@@ -42,10 +46,8 @@ def build_wheel(source: Path, folder: Path) -> Path:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Our wheel, built from a copy: a build in place would mix in what an older one left."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in repository_files(*PACKAGES, "setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        target = folder / "source" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, target)
+    metadata = ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
+    copy_repository_files(folder / "source", *metadata, *PACKAGES)
     return build_wheel(folder / "source", folder)
 
 
@@ -74,7 +76,7 @@ def test_the_wheel_holds_exactly_the_four_packages(wheel):
 
 def test_only_code_is_in_the_packages():
     suffixes = {Path(name).suffix for name in repository_files(*PACKAGES)}
-    assert suffixes <= {".py", ".typed", ".cu"}
+    assert suffixes <= {".py", ".typed"}
 
 
 def test_the_metadata(metadata):

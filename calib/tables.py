@@ -1,0 +1,85 @@
+"""Prediction tables: what every exit of a bundle says about labelled images, and what it costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.cascade import Cascade
+from edge_runtime.console import Console
+from edge_runtime.dataset import ImageDataset
+from edge_runtime.evaluate import WARM_UP_ITERATIONS, WARM_UP_SECONDS
+from edge_runtime.scheduler import Scheduler
+from edge_runtime.timing import warm_up
+
+#: Images per call while logits are collected.
+_BATCH = 64
+#: Images that stage times are measured on, at most.
+_TIMED = 200
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionTable:
+    """Logits of every exit on labelled data.
+
+    Attributes:
+        cascade: Whose exits they are.
+        logits: Exit name -> logits, shape (samples, classes), float32; in order of evaluation.
+        labels: True class indices, shape (samples,), int64.
+    """
+
+    cascade: Cascade
+    logits: Mapping[str, NDArray[np.float32]]
+    labels: NDArray[np.int64]
+
+
+def collect(scheduler: Scheduler, data: ImageDataset, console: Console) -> PredictionTable:
+    """Run every exit on every image.
+
+    Args:
+        scheduler: Opened at `OperatingPoint.all_exits`.
+        data: Labelled images.
+        console: Shows progress.
+    """
+    parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in scheduler.exits}
+    batches = data.batches(_BATCH)
+    for images, _ in console.progress(batches, "collecting logits", -(-len(data) // _BATCH)):
+        for name, logits in scheduler.logits(images).items():
+            parts[name].append(logits)
+    logits = {name: np.concatenate(part) for name, part in parts.items()}
+    return PredictionTable(scheduler.cascade, logits, data.labels)
+
+
+def stage_seconds(
+    scheduler: Scheduler, data: ImageDataset, console: Console
+) -> tuple[dict[str, float], float]:
+    """Measure what each stage costs on this device, one image at a time.
+
+    Args:
+        scheduler: Opened at `OperatingPoint.all_exits`.
+        data: Images; the first few hundred are used.
+        console: Shows progress.
+
+    Returns:
+        Stage name -> median seconds, and the median seconds per exit that go to deciding.
+    """
+    images = [data.image(i) for i in range(min(len(data), _TIMED))]
+    warm_up(
+        lambda: scheduler(images[0]),
+        iterations=WARM_UP_ITERATIONS,
+        seconds=WARM_UP_SECONDS,
+        clock=time.perf_counter,
+    )
+    stages: dict[str, list[float]] = {stage.name: [] for stage in scheduler.plan.stages}
+    rest = []
+    for image in console.progress(images, "timing stages"):
+        prediction = scheduler(image)
+        for run in prediction.trace.stages:
+            stages[run.stage].append(run.duration_s)
+        rest.append(prediction.latency_s - sum(run.duration_s for run in prediction.trace.stages))
+    per_exit = float(np.median(rest)) / len(scheduler.exits)
+    return {name: float(np.median(times)) for name, times in stages.items()}, per_exit

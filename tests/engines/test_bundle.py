@@ -1,0 +1,267 @@
+"""Bundles are written whole or not at all."""
+
+import dataclasses
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from onnx import TensorProto, helper
+
+from edge_runtime.cascade import Exit, Stage
+from edge_runtime.errors import ConfigError, EdgeRuntimeError, ManifestError
+from edge_runtime.manifest import Bundle
+from edge_runtime.operating_point import OperatingPoint
+from edge_runtime.tensors import TensorSpec
+from engines.bundle import BuiltStage, check_out, write_bundle
+
+IMAGE = TensorSpec("image", ("batch", 2), "float32")
+MIDDLE = TensorSpec("middle", ("batch", 2), "float32")
+LOGITS = TensorSpec("logits", ("batch", 2), "float32")
+FIRST = Stage("first", "segment", (IMAGE,), (MIDDLE,))
+SECOND = Stage("second", "head", (MIDDLE,), (LOGITS,))
+
+
+def model(source: str, target: str, operator: str = "Identity") -> bytes:
+    graph = helper.make_graph(
+        [helper.make_node(operator, [source], [target])],
+        "one",
+        [helper.make_tensor_value_info(source, TensorProto.FLOAT, ["batch", 2])],
+        [helper.make_tensor_value_info(target, TensorProto.FLOAT, ["batch", 2])],
+    )
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8
+    ).SerializeToString()
+
+
+def write(out: Path, operator: str = "Identity", **changes) -> Bundle:
+    parts = {
+        "name": "test",
+        "classes": ("a", "b"),
+        "image": IMAGE,
+        "stages": [
+            BuiltStage(FIRST, {"fp32": model("image", "middle", operator)}),
+            BuiltStage(
+                SECOND,
+                {"fp32": model("middle", "logits"), "fp16": model("middle", "logits", "Abs")},
+            ),
+        ],
+        "exits": [Exit("only", "logits")],
+        "provenance": {"made_by": "a test", "numbers": [1, 2.5]},
+    }
+    return write_bundle(out, **(parts | changes))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_writes_a_bundle_that_opens(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "a.bundle")
+    assert bundle == Bundle.open(tmp_path / "a.bundle")
+    assert files(tmp_path) == [
+        "a.bundle/manifest.json",
+        "a.bundle/stages/first.fp32.onnx",
+        "a.bundle/stages/second.fp16.onnx",
+        "a.bundle/stages/second.fp32.onnx",
+    ]
+    assert bundle.precision("second", {}) == "fp32"
+    assert bundle.stage_model("second", "fp16") == model("middle", "logits", "Abs")
+    assert bundle.manifest.provenance == {"made_by": "a test", "numbers": [1, 2.5]}
+
+
+def test_the_same_parts_give_the_same_hash(tmp_path: Path) -> None:
+    assert write(tmp_path / "a").hash == write(tmp_path / "b").hash
+    assert write(tmp_path / "c", "Abs").hash != Bundle.open(tmp_path / "a").hash
+
+
+def test_operating_points_travel_with_it(tmp_path: Path) -> None:
+    point = OperatingPoint("never", policy="never")
+    bundle = write(tmp_path / "a", operating_points=[point])
+    assert bundle.operating_point("never") == dataclasses.replace(point, bundle=bundle.hash)
+
+
+def test_a_point_of_another_bundle_is_refused(tmp_path: Path) -> None:
+    point = OperatingPoint("old", policy="never", bundle="0" * 64)
+    with pytest.raises(ConfigError, match="operating point 'old': bundle: got '000000000000'"):
+        write(tmp_path / "a", operating_points=[point])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_bundle_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    old = write(tmp_path / "a")
+    with pytest.raises(ConfigError, match="exists.*--force"):
+        write(tmp_path / "a", "Abs")
+    assert Bundle.open(tmp_path / "a").hash == old.hash
+    new = write(tmp_path / "a", "Abs", overwrite=True)
+    assert Bundle.open(tmp_path / "a").hash == new.hash != old.hash
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+class _FailsAt:
+    """Stands in for a function and raises at one of its calls."""
+
+    def __init__(self, function, call: int, error: BaseException) -> None:
+        self.function, self.left, self.error = function, call, error
+
+    def __call__(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+        return self.function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), EdgeRuntimeError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+    ids=["disk-full", "ctrl-c"],
+)
+@pytest.mark.parametrize(
+    ("place", "name", "call"),
+    [
+        (Path, "write_bytes", 1),
+        (Path, "write_bytes", 3),
+        (os, "fsync", 1),
+        (os, "fsync", 4),
+        (Path, "rename", 1),
+        (Path, "rename", 2),
+    ],
+)
+@pytest.mark.parametrize("old", [True, False], ids=["replacing", "new"])
+def test_a_failure_leaves_the_old_bundle_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place, name, call, error, raised, old: bool
+) -> None:
+    if not old and (name, call) == ("rename", 2):
+        pytest.skip("a new bundle is moved once")
+    before = write(tmp_path / "a") if old else None
+    failing = _FailsAt(getattr(place, name), call, error)
+    # A function, not an object, so that methods of Path bind.
+    monkeypatch.setattr(place, name, lambda *args, **kwargs: failing(*args, **kwargs))
+    with pytest.raises(raised):
+        write(tmp_path / "a", "Abs", overwrite=True)
+    monkeypatch.undo()
+    assert failing.left <= 0, "the failure was not reached"
+    if before is not None:
+        assert Bundle.open(tmp_path / "a").hash == before.hash
+        assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    else:
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_full_is_one_line_that_names_the_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(EdgeRuntimeError, match="a was not written: .*No space left on device"):
+        write(tmp_path / "a")
+
+
+def external() -> bytes:
+    """A model whose tensor is in another file."""
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2])
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../../etc/passwd")
+    graph = helper.make_graph([], "g", [], [], [tensor])
+    return helper.make_model(graph).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"exits": [Exit("only", "nothing")]}, ConfigError, "exit 'only': no stage produces"),
+        ({"classes": ("a", "b", "c")}, ConfigError, "exit 'only': logits 'logits'"),
+        (
+            {"stages": [BuiltStage(SECOND, {"fp32": model("middle", "logits")})]},
+            ConfigError,
+            "stage 'second': nobody produces its input 'middle'",
+        ),
+        (
+            {
+                "stages": [
+                    BuiltStage(dataclasses.replace(SECOND, name=n), {"fp32": b""}) for n in "x"
+                ]
+            },
+            ConfigError,
+            "stage 'x': nobody produces",
+        ),
+        ({"boundary_dtype": "int8"}, ConfigError, "boundary_dtype: got 'int8'"),
+        (
+            {"boundary_dtype": "float16"},
+            ConfigError,
+            "stage 'first': output 'middle' is not of the boundary's dtype: got float32",
+        ),
+        (
+            {
+                "stages": [
+                    BuiltStage(FIRST, {"fp32": external()}),
+                    BuiltStage(SECOND, {"fp32": model("middle", "logits")}),
+                ]
+            },
+            ManifestError,
+            "stage 'first' (fp32) refers to external data",
+        ),
+        (
+            {
+                "stages": [
+                    BuiltStage(FIRST, {"fp32": b"this is no ONNX file"}),
+                    BuiltStage(SECOND, {"fp32": model("middle", "logits")}),
+                ]
+            },
+            ManifestError,
+            "stage 'first' (fp32) is not an ONNX file",
+        ),
+        (
+            {
+                "stages": [
+                    BuiltStage(FIRST, {"FP 32": model("image", "middle")}),
+                    BuiltStage(SECOND, {"fp32": model("middle", "logits")}),
+                ]
+            },
+            ConfigError,
+            "stage 'first': precision 'FP 32'",
+        ),
+        (
+            {
+                "stages": [
+                    BuiltStage(FIRST, {}),
+                    BuiltStage(SECOND, {"fp32": model("middle", "logits")}),
+                ]
+            },
+            ConfigError,
+            "stage 'first' has no variant",
+        ),
+    ],
+)
+def test_refuses_parts_that_make_no_bundle(
+    tmp_path: Path, changes: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as raised:
+        write(tmp_path / "a", **changes)
+    assert str(raised.value).startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../first", "a/b", ".hidden", "", "a b", "ü"])
+def test_refuses_stage_names_that_are_no_file_names(tmp_path: Path, name: str) -> None:
+    stages = [
+        BuiltStage(dataclasses.replace(FIRST, name=name), {"fp32": model("image", "middle")}),
+        BuiltStage(SECOND, {"fp32": model("middle", "logits")}),
+    ]
+    with pytest.raises(ConfigError, match="stage name"):
+        write(tmp_path / "a", stages=stages)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_out_refuses_what_writing_would(tmp_path: Path) -> None:
+    check_out(tmp_path / "new", overwrite=False)
+    check_out(tmp_path, overwrite=True)
+    with pytest.raises(ConfigError, match="exists"):
+        check_out(tmp_path, overwrite=False)
+    with pytest.raises(ConfigError, match="does not exist"):
+        check_out(tmp_path / "no" / "new", overwrite=False)
