@@ -79,8 +79,8 @@ def paired_interval(
     and claims certainty from having seen nothing.
 
     With counts from `cross_validate` it is meant for the true drop of the thresholds that are
-    chosen on all the data. Its variance is therefore that of *one* choice; the mean over repeats
-    and folds varies less, but so it does than the true drop of the choice itself. It is no
+    chosen on all the data. Its variance is therefore that of *one* choice: the mean over repeats
+    and folds varies less, but it is the choice's own true drop that has to be covered. It is no
     guarantee: it assumes that new data are like the old, and ignores that folds share their
     training data.
 
@@ -88,7 +88,7 @@ def paired_interval(
     goals of `calib.thresholds` (60 to 200 draws each): the true drop is covered in 91 to 100 % of
     the draws, and the drop on a second sample of the same size, by the interval with `new`, in 92
     to 100 %. A bootstrap over the samples of differences averaged over the repeats covered them in
-    77 to 98 % and 66 to 91 %.
+    77 to 98 % and 60 to 91 %.
 
     Args:
         worse: Samples that only the first model answers correctly; a mean over repeats may be

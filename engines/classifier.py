@@ -49,7 +49,7 @@ class Classifier:
             pixels: Its input, first axis the batch.
             names: Tensors of its graph.
         """
-        single = _fixed_batch(self.original) is not None
+        single = self.single or _fixed_batch(self.original) is not None
         return _run(self.original, self.input, pixels, names, single)
 
 
@@ -66,7 +66,7 @@ def understand(
 
     Raises:
         ConfigError: Its input is another than `spec` says, or a tensor's first axis is no batch.
-        BackendError: ONNX Runtime refuses the model.
+        EngineBuildError: ONNX Runtime refuses the model.
     """
     source = _fit_input(original, spec, where)
     pixels = _probe(spec)
@@ -75,7 +75,10 @@ def understand(
         raise ConfigError(
             f"{where}: its batch is fixed", got=fixed, expected="1, or a symbolic batch"
         )
-    singles = _run(original, source, pixels, names, single=True)
+    try:
+        singles = _run(original, source, pixels, names, single=True)
+    except BackendError as error:
+        raise EngineBuildError(f"{where}: {error}") from error
     symbolic = _with_symbolic_batch(original, source)
     problem = _batch_problem(symbolic, source, pixels, names, singles)
     single = problem is not None

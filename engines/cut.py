@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edge_runtime.errors import ConfigError
-from engines.onnx_graph import check_exists, reads, subgraphs, varying
+from engines.onnx_graph import reads, subgraphs, varying
 from engines.onnx_package import onnx
 
 
@@ -35,17 +35,17 @@ def cut(
     Args:
         model: The graph.
         source: Name of its input.
-        cuts: Tensors at which it is cut, in order of execution.
-        exits: Tensors that are exits; the last one ends the backbone, the others become heads on
-            the nearest cut before them.
+        cuts: Tensors of it at which it is cut, in order of execution.
+        exits: Tensors of it that are exits; the last one ends the backbone, the others become
+            heads on the nearest cut before them.
         where: The model, for messages.
 
     Returns:
         Pieces in order of execution: each segment is followed by the heads that hang on its end.
 
     Raises:
-        ConfigError: A tensor does not exist, the cuts are out of order, or a cut does not separate
-            the graph; the message names the tensor that crosses it.
+        ConfigError: The cuts are out of order, or a cut does not separate the graph; the message
+            names the tensor that crosses it.
     """
     if cuts:
         _check_cuts(model, source, cuts, exits, where)
@@ -118,7 +118,6 @@ class _Flow:
 def _check_cuts(
     model: onnx.ModelProto, source: str, cuts: Sequence[str], exits: Sequence[str], where: str
 ) -> None:
-    check_exists(model, cuts, f"{where}: cut_at")
     for name in cuts:
         if name == source or name in exits:
             raise ConfigError(f"{where}: cut_at: {name!r} is the model's input or an exit")

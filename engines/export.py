@@ -39,7 +39,7 @@ class TorchStage:
 
     Attributes:
         name: Name of the stage.
-        kind: "saver", "segment" or "head" ("preprocess" is possible, see `PreprocessSpec` first).
+        kind: "saver", "segment" or "head"; `export_stages` adds preprocessing.
         module: Called with one positional tensor per input; returns a tensor, or a tuple or list
             of as many as there are outputs. The first axis of each is the batch.
         inputs: Names of the tensors it reads: the image, or outputs of earlier stages.
@@ -103,6 +103,10 @@ def export_stages(
     """
     check_out(out, overwrite=overwrite)
     _check_packages()
+    if image_size is not None and preprocess is None:
+        raise ConfigError(
+            "image_size without preprocess", remedy="The example gives the shape of the input"
+        )
     root = _root(stages)
     samples = _samples(_to_numpy(example))
     front: list[BuiltStage] = []
@@ -225,7 +229,7 @@ def _run(stages: Sequence[TorchStage], root: str, samples: NDArray[Any]) -> dict
         except MODULE_ERRORS as error:
             raise torch_error(stage.name, "failed", error) from error
         known.update(zip(stage.outputs, _outputs(stage, result), strict=True))
-    return {name: tensor.cpu().numpy() for name, tensor in known.items()}
+    return {name: tensor.detach().cpu().numpy() for name, tensor in known.items()}
 
 
 def _outputs(stage: TorchStage, result: Any) -> list[torch.Tensor]:

@@ -78,15 +78,14 @@ def _show(result: dict[str, Any], console: Console) -> None:
             (
                 stage["name"],
                 ", ".join(stage["bytes"]),
-                " + ".join(stage["inputs"].values()),
                 " + ".join(stage["outputs"].values()),
-                f"{max(stage['bytes'].values()) / 1e6:.3g}",
+                f"{max(stage['bytes'].values()) / 1e6:.3f}",
                 "-" if error is None else f"{error:.1e}",
             )
         )
     console.table(
         "Stages, in order of execution",
-        ("stage", "variants", "reads", "writes", "MB", "worst error"),
+        ("stage", "variants", "writes", "MB", "worst error"),
         rows,
     )
     console.line(f"exits   {', '.join(result['exits'])}")

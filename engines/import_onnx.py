@@ -52,8 +52,8 @@ def build(recipe: Recipe, out: Path, overwrite: bool = False) -> Bundle:
 
     Raises:
         ConfigError: The recipe does not fit the models.
-        EngineBuildError: A file is no valid ONNX, or a stage differs from the original.
-        BackendError: ONNX Runtime refuses a model.
+        EngineBuildError: A file is no valid ONNX, ONNX Runtime refuses it, or a stage differs from
+            the original.
         BackendUnavailable: onnx or onnxruntime is missing.
     """
     check_out(out, overwrite=overwrite)
@@ -127,7 +127,8 @@ class _Parts:
         outputs = _outputs(original, recipe, where)
         spec = recipe.input.spec(int(self.image.shape[3]))
         asked = [*recipe.cut_at, *outputs]
-        check_exists(original, asked, where)
+        check_exists(original, recipe.cut_at, f"{where}: cut_at")
+        check_exists(original, outputs, where)
         classifier = understand(original, spec, asked, where)
         for output in outputs:
             _check_width(classifier.specs[output], recipe.output, classes, where)

@@ -95,7 +95,15 @@ def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProt
 def extract(
     model: onnx.ModelProto, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
 ) -> onnx.ModelProto:
-    """The part of a model between tensors."""
+    """The part of a model between tensors.
+
+    A graph with If, Loop or Scan keeps all of its nodes: the library's Extractor does not see what
+    their branches read.
+    """
+    if any(subgraphs(node) for node in model.graph.node):
+        part = with_outputs(model, [])
+        part.graph.output.extend(value_info(spec) for spec in outputs)
+        return part
     whole = onnx.ModelProto()
     whole.CopyFrom(model)
     known = {spec.name: spec for spec in (*inputs, *outputs)}

@@ -185,9 +185,9 @@ def preprocess_model(
 
     Raises:
         BackendUnavailable: The onnx package is missing.
-        ConfigError: The image has other channels, or the opset lacks something.
+        ConfigError: The image has other channels, its name is taken, or the opset lacks something.
     """
-    _check(spec, image, opset)
+    _check(spec, image, output, opset)
     graph = _Graph(opset)
     tensor = image.name
     if cast_first:
@@ -207,11 +207,16 @@ def preprocess_model(
     return graph.model(image, spec.output(output), ir_version)
 
 
-def _check(spec: PreprocessSpec, image: TensorSpec, opset: int) -> None:
+def _check(spec: PreprocessSpec, image: TensorSpec, output: str, opset: int) -> None:
     expected = camera_image(spec.channels)
     named = [isinstance(axis, str) for axis in image.shape[1:3]]
     if not image.meets(expected) or image.shape[3] != spec.channels or len(set(named)) != 1:
         raise ConfigError("the camera image", got=str(image), expected=str(expected))
+    if output == image.name:
+        raise ConfigError(
+            f"preprocessing reads and writes a tensor {output!r}",
+            remedy="Name the model's input otherwise, such as 'pixels'",
+        )
     needed = ANTIALIAS_OPSET if spec.antialias else MIN_OPSET
     if opset < needed:
         raise ConfigError(

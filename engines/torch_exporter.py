@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import EngineBuildError
 from edge_runtime.tensors import BATCH
 from engines.onnx_graph import strip_debug_info
 
 if TYPE_CHECKING:
+    import onnx
     import torch
 
 logger = logging.getLogger(__name__)
@@ -54,35 +56,101 @@ def to_onnx(
     Raises:
         EngineBuildError: torch can't export it; the message has torch's.
     """
-    import torch
-
-    batch = torch.export.Dim(BATCH)
+    exporter = _Exporter(module, tuple(arguments), tuple(inputs), tuple(outputs), opset)
     try:
         with _silenced(stage):
-            program = torch.onnx.export(
-                module,
-                tuple(arguments),
-                dynamo=True,
-                input_names=list(inputs),
-                output_names=list(outputs),
-                opset_version=opset,
-                dynamic_shapes=tuple({0: batch} for _ in arguments),
-                external_data=False,
-                verbose=False,
-            )
-            assert program is not None  # what dynamo=True promises
-            model = program.model_proto
-        strip_debug_info(model)
-        data: bytes = model.SerializeToString()
+            model = exporter.export()
+            if not _any_batch(model):
+                # `len(x)` and the like: the default capture takes the batch for a constant, the
+                # capture of Python's bytecode does not.
+                model = exporter.export_strictly()
+            strip_debug_info(model)
+            _name_batch(model)
+            data: bytes = model.SerializeToString()
     except MODULE_ERRORS as error:
         raise torch_error(stage, "can't be exported", error.__cause__ or error) from error
+    if not _any_batch(model):
+        raise EngineBuildError(
+            f"stage {stage!r} can't be exported: its module fixes the batch",
+            got=[axis.dim_value for axis in _batch_axes(model)],
+            expected="a batch of any size",
+            remedy="Take the batch from tensor.shape[0], and turn no tensor into Python values",
+        )
     return data
+
+
+class _Exporter:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        arguments: tuple[torch.Tensor, ...],
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...],
+        opset: int,
+    ) -> None:
+        self._module = module
+        self._arguments = arguments
+        self._options: dict[str, Any] = {
+            "dynamo": True,
+            "input_names": inputs,
+            "output_names": outputs,
+            "opset_version": opset,
+            "external_data": False,
+            "verbose": False,
+        }
+
+    def export(self) -> onnx.ModelProto:
+        import torch
+
+        program = torch.onnx.export(
+            self._module, self._arguments, dynamic_shapes=self._dynamic_shapes(), **self._options
+        )
+        assert program is not None  # what dynamo=True promises
+        return program.model_proto
+
+    def export_strictly(self) -> onnx.ModelProto:
+        import torch
+
+        captured = torch.export.export(
+            self._module, self._arguments, dynamic_shapes=self._dynamic_shapes(), strict=True
+        )
+        program = torch.onnx.export(captured, **self._options)
+        assert program is not None  # what dynamo=True promises
+        return program.model_proto
+
+    def _dynamic_shapes(self) -> tuple[Any, ...]:
+        """The batch axis of every argument, nested as the module's `forward` takes them."""
+        import torch
+
+        axes: list[Any] = [{0: torch.export.Dim(BATCH)}] * len(self._arguments)
+        parameters = list(inspect.signature(self._module.forward).parameters.values())
+        for i, parameter in enumerate(parameters):
+            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                return (*axes[:i], tuple(axes[i:]))
+        return tuple(axes)
 
 
 def torch_error(stage: str, what: str, error: BaseException) -> EngineBuildError:
     """What torch raised as one line; raise it from `error`."""
     first = (str(error).strip().splitlines() or [""])[0]
     return EngineBuildError(f"stage {stage!r} {what}: torch says: {type(error).__name__}: {first}")
+
+
+def _batch_axes(model: onnx.ModelProto) -> list[Any]:
+    values = (*model.graph.input, *model.graph.output)
+    return [value.type.tensor_type.shape.dim[0] for value in values]
+
+
+def _any_batch(model: onnx.ModelProto) -> bool:
+    return all(axis.dim_param for axis in _batch_axes(model))
+
+
+def _name_batch(model: onnx.ModelProto) -> None:
+    """Give the batch its name, which torch does not always keep; inner shapes can be inferred."""
+    del model.graph.value_info[:]
+    for axis in _batch_axes(model):
+        if axis.dim_param:
+            axis.dim_param = BATCH
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ import argparse
 import logging
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +33,10 @@ CLASSES = [str(digit) for digit in range(10)]
 SPLIT = (0.5, 0.25, 0.25)
 SEED = 0
 BATCH = 32
-SIZE = 48  # the digits are enlarged to SIZE x SIZE by the preprocessing stage
-WIDTHS = (32, 64, 96)
-#: (epochs, size): the base model learns on small images first, which is four times cheaper.
-SAVER_PLAN = ((60, SIZE),)
-BASE_PLAN = ((6, SIZE // 2), (5, SIZE))
+SIZE = 20  # the digits are enlarged to SIZE x SIZE by the preprocessing stage
+WIDTH = 64
+BLOCKS = (3, 6)  # residual blocks before and after the intermediate exit
+SAVER_EPOCHS, BASE_EPOCHS = 60, 14
 
 
 def split() -> tuple[ImageDataset, ImageDataset, ImageDataset]:
@@ -53,59 +51,50 @@ def split() -> tuple[ImageDataset, ImageDataset, ImageDataset]:
     return train, thresholds, test
 
 
-def convolution(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
-    """3 x 3 convolution, batch norm, ReLU."""
+def convolution(channels_in: int, channels_out: int) -> nn.Sequential:
+    """3 x 3 convolution and batch norm."""
     return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False),
-        nn.BatchNorm2d(channels_out),
-        nn.ReLU(),
+        nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out)
     )
 
 
 class Residual(nn.Module):
-    """Two convolutions and a shortcut, after one that changes width and resolution."""
+    """Two convolutions and a shortcut; begins as the identity, so that depth does no harm."""
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.enter = convolution(channels_in, channels_out, stride)
-        self.body = nn.Sequential(
-            convolution(channels_out, channels_out), convolution(channels_out, channels_out)
-        )
+        self.first, self.second = convolution(WIDTH, WIDTH), convolution(WIDTH, WIDTH)
+        nn.init.zeros_(self.second[1].weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (batch, in, h, w) to (batch, out, h / stride, w / stride)."""
-        x = self.enter(x)
-        return x + self.body(x)
+        """Maps (batch, WIDTH, h, w) to the same."""
+        return torch.relu(x + self.second(torch.relu(self.first(x))))
 
 
-def head(channels: int) -> nn.Sequential:
-    """Global average pool, dropout, linear."""
-    return nn.Sequential(
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(channels, 10)
-    )
+def head() -> nn.Sequential:
+    """Global average pool and linear."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTH, 10))
 
 
 def saver() -> nn.Sequential:
-    """A small network on 8 x 8 means of the enlarged digit."""
+    """A small network on 5 x 5 means of the digit."""
     return nn.Sequential(
-        nn.AvgPool2d(SIZE // 8), nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)
+        nn.AvgPool2d(SIZE // 5), nn.Flatten(), nn.Linear(25, 64), nn.ReLU(), nn.Linear(64, 10)
     )
 
 
 def segments() -> tuple[nn.Module, nn.Module]:
-    """The base model in two parts of about equal cost."""
-    narrow, middle, wide = WIDTHS
-    first = nn.Sequential(Residual(1, narrow, 1), Residual(narrow, middle, 2))
-    second = nn.Sequential(
-        Residual(middle, middle, 1), Residual(middle, wide, 2), convolution(wide, wide), head(wide)
-    )
+    """The base model before and after its intermediate exit."""
+    before, after = BLOCKS
+    first = nn.Sequential(convolution(1, WIDTH), nn.ReLU(), *(Residual() for _ in range(before)))
+    second = nn.Sequential(*(Residual() for _ in range(after)), head())
     return first, second
 
 
-def pixels(images: np.ndarray, size: int) -> Tensor:
+def pixels(images: np.ndarray) -> Tensor:
     """What the preprocessing stage makes of images, for training."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    x = nn.functional.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+    x = nn.functional.interpolate(x, (SIZE, SIZE), mode="bilinear", align_corners=False)
     return (x - 0.5) / 0.5
 
 
@@ -124,34 +113,28 @@ def jitter(x: Tensor, generator: torch.Generator) -> Tensor:
     return nn.functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def train(
-    model: nn.Module, data: ImageDataset, plan: Sequence[tuple[int, int]], rate: float
-) -> None:
+def train(model: nn.Module, data: ImageDataset, epochs: int, rate: float) -> None:
     """AdamW with a one-cycle rate; a model with several outputs is trained on the sum of losses."""
     images, labels = next(data.batches(len(data)))
-    y = torch.from_numpy(labels)
+    x, y = pixels(images), torch.from_numpy(labels)
     generator = torch.Generator().manual_seed(SEED)
-    steps = sum(epochs for epochs, _ in plan) * -(-len(y) // BATCH)
+    steps = epochs * -(-len(x) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.2)
     model.train()
-    for epochs, size in plan:
-        x = pixels(images, size)
-        for epoch in range(epochs):
-            total = 0.0
-            for rows in torch.randperm(len(x), generator=generator).split(BATCH):
-                outputs = model(jitter(x[rows], generator))
-                losses = [nn.functional.cross_entropy(logits, y[rows]) for logits in outputs]
-                loss = torch.stack(losses).sum()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                total += loss.item() * len(rows)
-            if epochs <= 20 or epoch % 20 == 19:
-                logger.info(
-                    "  size %d, epoch %d of %d, loss %.4f", size, epoch + 1, epochs, total / len(x)
-                )
+    for epoch in range(epochs):
+        total = 0.0
+        for rows in torch.randperm(len(x), generator=generator).split(BATCH):
+            outputs = model(jitter(x[rows], generator))
+            losses = [nn.functional.cross_entropy(logits, y[rows]) for logits in outputs]
+            loss = torch.stack(losses).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item() * len(rows)
+        if epochs <= 20 or epoch % 20 == 19:
+            logger.info("  epoch %d of %d, loss %.4f", epoch + 1, epochs, total / len(x))
     model.eval()
 
 
@@ -189,11 +172,11 @@ def main() -> None:
     begin = time.monotonic()
     torch.manual_seed(SEED)
     train_data, thresholds, test = split()
-    small, (first, second), middle = saver(), segments(), head(WIDTHS[1])
+    small, (first, second), middle = saver(), segments(), head()
     logger.info("training the saver on %d digits", len(train_data))
-    train(Saver(small), train_data, SAVER_PLAN, rate=0.01)
+    train(Saver(small), train_data, SAVER_EPOCHS, rate=0.01)
     logger.info("training the base model with its intermediate exit")
-    train(Base(first, middle, second), train_data, BASE_PLAN, rate=0.005)
+    train(Base(first, middle, second), train_data, BASE_EPOCHS, rate=0.006)
     out.mkdir(parents=True, exist_ok=True)
     bundle = export_stages(
         [

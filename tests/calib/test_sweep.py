@@ -130,10 +130,6 @@ def test_figures_are_what_the_policy_does(
         assert point.accuracy == correct / data.samples
         assert point.exit_rates == tuple(count / data.samples for count in counts)
         assert measure(data, costs, point.thresholds) == point
-        if BOUNDS[0] in point.thresholds:
-            # An exit that always answers is the last one that is named.
-            after = point.thresholds[point.thresholds.index(BOUNDS[0]) + 1 :]
-            assert set(after) <= {None}
     assert front.accuracy.tolist() == [point.accuracy for point in points[1:]]
     assert front.exit_rates.tolist() == [list(point.exit_rates) for point in points[1:]]
 
@@ -185,7 +181,7 @@ def test_exit_that_nobody_should_use_is_pruned() -> None:
     assert (front.thresholds[accurate, 1] == NEVER).all()
 
 
-def best_cost(front: Front, correct: np.ndarray) -> np.ndarray:
+def best_cost(front: Front, correct: int | np.ndarray) -> np.ndarray:
     """Cost of the cheapest cascade with at least so many right answers."""
     return front.cost[np.searchsorted(front.correct, correct)]
 
@@ -215,23 +211,25 @@ def test_a_coarse_grid_is_polished_to_nearly_the_optimum(
     assert excess.max() < worst
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_single_threshold_improves_a_polished_front(seed: int) -> None:
     generator = np.random.default_rng(seed)
-    signals = generator.integers(0, 25, (40, 4)).astype(np.float32) / 25
-    data = ExitTable(signals, generator.random((40, 5)) < signals.mean(), BOUNDS)
-    costs = model_costs(5)
+    signals = generator.integers(0, 25, (80, 6)).astype(np.float32) / 25
+    data = ExitTable(signals, generator.random((80, 7)) < 0.5, BOUNDS)
+    costs = model_costs(7)
     front = sweep(data, costs, 1000)
     assert not front.exact
     for point in map(front.point, range(len(front.cost))):
-        for k in range(4):
+        for k in range(6):
             for value in (None, BOUNDS[0], *set(signals[:, k].tolist())):
                 changed = (*point.thresholds[:k], value, *point.thresholds[k + 1 :])
                 if any(threshold is not None for threshold in changed):
                     other = measure(data, costs, changed)
-                    known = front.cost[front.correct >= other.correct]
-                    assert len(known)
-                    assert known[0] <= other.cost + 1e-9
+                    assert other.correct <= front.correct[-1]
+                    assert best_cost(front, other.correct) <= other.cost + 1e-9
+        if BOUNDS[0] in point.thresholds:
+            # An exit that always answers is the last one that is named.
+            assert set(point.thresholds[point.thresholds.index(BOUNDS[0]) + 1 :]) <= {None}
 
 
 def test_many_exits_from_a_grid_of_one_value() -> None:

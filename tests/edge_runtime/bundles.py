@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -89,7 +90,8 @@ def tensor(name: str, width: int, dtype: str = "float32") -> dict[str, Any]:
 
 def stage(name: str, kind: str, source: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
     """A manifest's entry of a stage without variants."""
-    return {"name": name, "kind": kind, "inputs": [source], "outputs": [target], "variants": {}}
+    inputs, outputs = [copy.deepcopy(source)], [copy.deepcopy(target)]
+    return {"name": name, "kind": kind, "inputs": inputs, "outputs": outputs, "variants": {}}
 
 
 def artifact(file: str, data: bytes) -> dict[str, Any]:

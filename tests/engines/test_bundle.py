@@ -90,7 +90,7 @@ def test_a_point_of_another_bundle_is_refused(tmp_path: Path) -> None:
 
 def test_an_old_bundle_is_replaced_only_when_asked(tmp_path: Path) -> None:
     old = write(tmp_path / "a")
-    with pytest.raises(ConfigError, match="exists.*--force"):
+    with pytest.raises(ConfigError, match=r"exists.*--force"):
         write(tmp_path / "a", "Abs")
     assert Bundle.open(tmp_path / "a").hash == old.hash
     new = write(tmp_path / "a", "Abs", overwrite=True)
@@ -120,22 +120,22 @@ class _FailsAt:
     ids=["disk-full", "ctrl-c"],
 )
 @pytest.mark.parametrize(
-    ("place", "name", "call"),
+    ("place", "name", "call", "old"),
     [
-        (Path, "write_bytes", 1),
-        (Path, "write_bytes", 3),
-        (os, "fsync", 1),
-        (os, "fsync", 4),
-        (Path, "rename", 1),
-        (Path, "rename", 2),
+        (Path, "write_bytes", 1, True),
+        (Path, "write_bytes", 3, True),
+        (Path, "write_bytes", 3, False),
+        (os, "fsync", 1, True),
+        (os, "fsync", 4, True),
+        (os, "fsync", 4, False),
+        (Path, "rename", 1, True),
+        (Path, "rename", 2, True),
+        (Path, "rename", 1, False),
     ],
 )
-@pytest.mark.parametrize("old", [True, False], ids=["replacing", "new"])
 def test_a_failure_leaves_the_old_bundle_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place, name, call, error, raised, old: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place, name, call, old, error, raised
 ) -> None:
-    if not old and (name, call) == ("rename", 2):
-        pytest.skip("a new bundle is moved once")
     before = write(tmp_path / "a") if old else None
     failing = _FailsAt(getattr(place, name), call, error)
     # A function, not an object, so that methods of Path bind.
@@ -158,7 +158,7 @@ def test_disk_full_is_one_line_that_names_the_bundle(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(EdgeRuntimeError, match="a was not written: .*No space left on device"):
+    with pytest.raises(EdgeRuntimeError, match=r"a was not written: .*No space left on device"):
         write(tmp_path / "a")
 
 
@@ -180,15 +180,6 @@ def external() -> bytes:
             {"stages": [BuiltStage(SECOND, {"fp32": model("middle", "logits")})]},
             ConfigError,
             "stage 'second': nobody produces its input 'middle'",
-        ),
-        (
-            {
-                "stages": [
-                    BuiltStage(dataclasses.replace(SECOND, name=n), {"fp32": b""}) for n in "x"
-                ]
-            },
-            ConfigError,
-            "stage 'x': nobody produces",
         ),
         ({"boundary_dtype": "int8"}, ConfigError, "boundary_dtype: got 'int8'"),
         (

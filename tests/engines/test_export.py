@@ -30,7 +30,7 @@ def torch_chain(stages: list[TorchStage], pixels: np.ndarray) -> dict[str, np.nd
             result = stage.module.eval()(*(known[name] for name in stage.inputs))
             outputs = result if isinstance(result, tuple) else (result,)
             known.update(zip(stage.outputs, outputs, strict=True))
-    return {name: tensor.numpy() for name, tensor in known.items()}
+    return {name: tensor.detach().numpy() for name, tensor in known.items()}
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -100,7 +100,7 @@ def tiny(**changes) -> dict:
     return {
         "stages": [stage],
         "exits": [Exit("only", "logits")],
-        "example": np.ones((1, 3), np.float32),
+        "example": np.array([[0.5, -1, 2]], np.float32),
         "classes": ("a", "b"),
         "name": "tiny",
     } | changes
@@ -194,7 +194,7 @@ def chained(x: torch.Tensor) -> torch.Tensor:
         ),
         (
             # torch exports this without a word, with the traced values as constants.
-            {"stages": stage_of(lambda x: torch.from_numpy(x.detach().numpy()[:, :2] * 2))},
+            {"stages": stage_of(lambda x: torch.tensor(x.tolist())[:, :2])},
             EngineBuildError,
             "stage 'only'",
         ),
@@ -224,6 +224,16 @@ def chained(x: torch.Tensor) -> torch.Tensor:
             {"stages": [dataclasses.replace(tiny()["stages"][0], inputs=("logits",))]},
             ConfigError,
             "tensors that are read and that no stage writes: got none",
+        ),
+        ({"image_size": (4, 4)}, ConfigError, "image_size without preprocess"),
+        (
+            {
+                "stages": [dataclasses.replace(tiny()["stages"][0], inputs=("image",))],
+                "example": np.zeros((1, 4, 4, 3), np.uint8),
+                "preprocess": PreprocessSpec((4, 4), range=(0, 1)),
+            },
+            ConfigError,
+            "preprocessing reads and writes a tensor 'image'. Name the model's input otherwise",
         ),
         ({"example": np.float32(1)}, ConfigError, "example: got shape ()"),
         ({"example": np.ones((0, 3), np.float32)}, ConfigError, "example: got shape (0, 3)"),
