@@ -2,7 +2,8 @@
 
 All subjects run in turn in one process, on one image, and are compared as ratios of medians. The
 naive variant, a thread pool per session, can't share a process with the others: it runs in one of
-its own, against the one-piece model there. The scheduler's own cost is measured on the fake backend.
+its own, against the one-piece model there. The scheduler's own cost is measured on the fake
+backend.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def scheduler_seconds_per_stage() -> float:
     with Scheduler(cascade, FakeBackend(functions), point) as scheduler:
         for _ in range(_FAKE_FRAMES):
             begin = time.perf_counter()
-            prediction = scheduler(frame)
+            (prediction,) = scheduler.classify(frame[None])
             total = time.perf_counter() - begin
             costs.append(total - sum(run.duration_s for run in prediction.trace.stages))
     return float(np.median(costs)) / len(stages)

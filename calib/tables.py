@@ -50,8 +50,8 @@ def collect(scheduler: Scheduler, data: ImageDataset, console: Console) -> Predi
     for images, _ in console.progress(batches, "collecting logits", -(-len(data) // _BATCH)):
         for name, logits in scheduler.logits(images).items():
             parts[name].append(logits)
-    logits = {name: np.concatenate(part) for name, part in parts.items()}
-    return PredictionTable(scheduler.cascade, logits, data.labels)
+    together = {name: np.concatenate(part) for name, part in parts.items()}
+    return PredictionTable(scheduler.cascade, together, data.labels)
 
 
 def stage_seconds(
@@ -77,7 +77,7 @@ def stage_seconds(
     stages: dict[str, list[float]] = {stage.name: [] for stage in scheduler.plan.stages}
     rest = []
     for image in console.progress(images, "timing stages"):
-        prediction = scheduler(image)
+        (prediction,) = scheduler.classify(image[None])
         for run in prediction.trace.stages:
             stages[run.stage].append(run.duration_s)
         rest.append(prediction.latency_s - sum(run.duration_s for run in prediction.trace.stages))

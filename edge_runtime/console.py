@@ -1,4 +1,4 @@
-"""What a command shows: results on stdout, progress and notes on stderr, JSON where it is asked for.
+"""What a command shows: results on stdout, progress and notes on stderr, JSON on request.
 
 With ``--json -`` stdout carries the JSON alone, and what people read goes to stderr.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -99,7 +99,7 @@ class Console:
         self, items: Iterable[T], description: str, total: int | None = None
     ) -> Iterator[T]:
         """Yield `items`, showing how far it is: a bar on a terminal, else a line now and then."""
-        if total is None and hasattr(items, "__len__"):
+        if total is None and isinstance(items, Sized):
             total = len(items)
         if self._stderr.isatty():
             yield from self._bar(items, description, total)

@@ -9,8 +9,8 @@ from edge_runtime.backends.base import Backend
 from edge_runtime.errors import ConfigError
 from edge_runtime.manifest import Bundle
 from edge_runtime.operating_point import OperatingPoint
-from edge_runtime.schema import nearest
 from edge_runtime.scheduler import Scheduler
+from edge_runtime.schema import nearest
 
 if TYPE_CHECKING:
     from edge_runtime.backends.onnxrt import OnnxRuntimeOptions

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,15 +191,9 @@ class Scheduler:
         """Names of the exits that are evaluated, in order."""
         return tuple(step.exit.name for step in self.plan.steps)
 
-    @overload
     def __call__(
         self, image: NDArray[Any], *, deadline_s: float | None = None
-    ) -> Prediction | list[Prediction]: ...
-
-    @overload
-    def __call__(self, image: Any, *, deadline_s: float | None = None) -> Any: ...
-
-    def __call__(self, image: Any, *, deadline_s: float | None = None) -> Any:
+    ) -> Prediction | list[Prediction]:
         """Classify one image, or a batch of them.
 
         Args:

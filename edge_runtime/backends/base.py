@@ -79,7 +79,12 @@ class Backend(ABC):
 
     @abstractmethod
     def keep(self, rows: NDArray[np.intp], tensors: Sequence[str]) -> None:
-        """Drop samples that left: compact `tensors` to `rows`, ascending; others become undefined."""
+        """Drop samples that left.
+
+        Args:
+            rows: Indices of the samples that stay, ascending.
+            tensors: Tensors to compact to these rows; all others become undefined.
+        """
 
     @abstractmethod
     def read(self, tensor: str) -> NDArray[Any]:
@@ -159,7 +164,8 @@ class HostBackend(Backend):
 
     def _view(self, tensor: str) -> NDArray[Any]:
         """The rows of a tensor that belong to the current frame, without a copy."""
-        return self._buffers[tensor][: self._batch]
+        rows: NDArray[Any] = self._buffers[tensor][: self._batch]
+        return rows
 
     def decide(self, logits: str, metric: Metric, temperature: float) -> Decision:
         """Judge the logits with numpy."""
@@ -174,4 +180,4 @@ class HostBackend(Backend):
 
     def read(self, tensor: str) -> NDArray[Any]:
         """A copy of the current rows."""
-        return self._view(tensor).copy()
+        return np.array(self._view(tensor))

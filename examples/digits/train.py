@@ -120,7 +120,9 @@ def train(model: nn.Module, data: ImageDataset, epochs: int, rate: float) -> Non
     generator = torch.Generator().manual_seed(SEED)
     steps = epochs * -(-len(x) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=steps, pct_start=0.2
+    )
     model.train()
     for epoch in range(epochs):
         total = 0.0
@@ -185,7 +187,11 @@ def main() -> None:
             TorchStage("head1", "head", middle, ("features",), ("middle_logits",)),
             TorchStage("segment2", "segment", second, ("features",), ("final_logits",)),
         ],
-        [Exit("saver", "saver_logits"), Exit("middle", "middle_logits"), Exit("final", "final_logits")],
+        [
+            Exit("saver", "saver_logits"),
+            Exit("middle", "middle_logits"),
+            Exit("final", "final_logits"),
+        ],
         example=next(thresholds.batches(8))[0],
         preprocess=PreprocessSpec(size=(SIZE, SIZE), channels=1, mean=(0.5,), std=(0.5,)),
         image_size=(8, 8),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -208,7 +209,7 @@ def test_a_backend_that_loses_rows_would_be_noticed() -> None:
 class TestDeadline:
     """An answer by T, the deepest that is expected to be ready."""
 
-    SECONDS = {f"{kind}{i}": 0.010 for i in range(3) for kind in ("segment", "head")}
+    SECONDS: ClassVar = {f"{kind}{i}": 0.010 for i in range(3) for kind in ("segment", "head")}
 
     def scheduler(self, clock: FakeClock, seconds: dict[str, float] | None = None) -> Scheduler:
         backend = chain_backend(seconds=seconds or self.SECONDS, clock=clock)
@@ -394,5 +395,5 @@ class TestOnOnnxRuntime:
 
     def test_an_unknown_backend(self, bundle: er.Bundle, tmp_path: Path) -> None:
         op = OperatingPoint("base", policy="never")
-        with pytest.raises(ConfigError, match="no backend 'onnxrtt'. Did you mean 'onnxrt'"):
+        with pytest.raises(ConfigError, match=r"no backend 'onnxrtt'\. Did you mean 'onnxrt'"):
             er.load(bundle, backend="onnxrtt", operating_point=op)
