@@ -10,7 +10,7 @@ from setuptools import setup
 PACKAGES = ["edge_runtime", "edge_runtime.backends", "engines", "calib", "bench"]
 
 CLI = ["PyYAML", "rich"]  # configuration files and tables
-ONNX = ["onnx", "onnxruntime"]
+ONNX = ["onnx>=1.19", "onnxruntime"]
 # Pinned together: an unsupported pairing, which the tests make into a builder that needs no GPU.
 TENSORRT_WITHOUT_GPU = [
     "onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0",
@@ -23,7 +23,7 @@ EXTRAS = {
     "cpu": ["onnxruntime", "Pillow", *CLI],
     "export": ["torch", "onnxscript", *ONNX, *CLI],
     "calib": ["scikit-learn", "matplotlib", "Pillow", *ONNX, *CLI],
-    "bench": ["matplotlib", "nvidia-ml-py", "onnx"],
+    "bench": ["matplotlib", "nvidia-ml-py", "onnx>=1.19"],
     "video": ["opencv-python-headless"],
     "loop": ["prometheus_client"],
     # On a Jetson TensorRT comes with JetPack, never from a package index.

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         series = classify_in_turn(data, subjects, console, passes=passes)
         exits, point, plan = cascade.exits, cascade.point, cascade.plan
     evaluation = figures(series["cascade"], series["base"], data.labels, exits)
-    show(evaluation, point, console)
+    show(evaluation, point, bundle.cascade.exits[-1].name, console)
     times = _show_times(series, missing, console)
     console.line(f"pruned stages: {', '.join(plan.pruned) or 'none'}")
     console.line(f"bundle {bundle.path}, data {args.data}, operating point {point.name}")

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(_help())
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        sys.stdout.write(f"edge-runtime {metadata.version('edge-runtime')}\n")
+        sys.stdout.write(f"edge-runtime {_version()}\n")
         return 0
     name = arguments[0]
     if name not in COMMANDS:
@@ -115,6 +115,13 @@ def run_command(program: str, module: ModuleType, arguments: Sequence[str]) -> i
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0
+
+
+def _version() -> str:
+    try:
+        return metadata.version("edge-runtime")
+    except metadata.PackageNotFoundError:
+        return "(not installed, run from its folder)"
 
 
 def _help() -> str:

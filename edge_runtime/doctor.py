@@ -30,7 +30,7 @@ _NEEDS = (
     _Need("PIL", "cpu", "reads image files"),
     _Need("yaml", "cpu", "reads configurations"),
     _Need("rich", "cpu", "prints tables and progress"),
-    _Need("onnx", "export", "makes bundles from ONNX files"),
+    _Need("onnx", "calib", "makes bundles from ONNX files"),
     _Need("torch", "export", "exports torch modules"),
 )
 

@@ -177,7 +177,9 @@ def figures(
     )
 
 
-def show(evaluation: Evaluation, point: OperatingPoint, console: Console) -> None:
+def show(
+    evaluation: Evaluation, point: OperatingPoint, base_exit: str, console: Console
+) -> None:
     """Print the table of exits and the verdict."""
     rows = [
         (
@@ -204,16 +206,23 @@ def show(evaluation: Evaluation, point: OperatingPoint, console: Console) -> Non
         ("exit", "share", "accuracy", "p50 ms", "p99 ms"),
         rows,
     )
-    console.line(verdict(evaluation))
+    console.line(verdict(evaluation, base_exit))
 
 
-def verdict(evaluation: Evaluation) -> str:
-    """Whether the cascade pays, in two sentences."""
-    drop = (evaluation.base_accuracy - evaluation.accuracy) * 100
+def verdict(evaluation: Evaluation, base_exit: str) -> str:
+    """Whether the cascade pays, in two sentences.
+
+    Args:
+        evaluation: What was measured.
+        base_exit: Name of the last exit, at which the base model answers.
+    """
+    if len(evaluation.exits) == 1 and evaluation.exits[0].exit == base_exit:
+        return "No early exit is active at this operating point: it is the base model itself."
+    gain = (evaluation.accuracy - evaluation.base_accuracy) * 100
     times = evaluation.time_ratio
     accuracy = (
         f"The cascade is right on {percent(evaluation.accuracy)}, its base model alone on "
-        f"{percent(evaluation.base_accuracy)} ({-drop:+.1f} points)."
+        f"{percent(evaluation.base_accuracy)} ({gain:+.1f} points)."
     )
     measured = (
         f"{milliseconds(evaluation.latency.mean)} ms on average against "
@@ -252,7 +261,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         )
         evaluation = figures(series["cascade"], series["base"], data.labels, cascade.exits)
         point = cascade.point
-    show(evaluation, point, console)
+    show(evaluation, point, bundle.cascade.exits[-1].name, console)
     return {
         "bundle": bundle.hash,
         "data": data.hash,

@@ -175,7 +175,7 @@ class Bundle:
         if version != SCHEMA_VERSION:
             raise ManifestError(
                 f"manifest {file}: schema version",
-                got=version,
+                got=repr(version)[:80],
                 expected=SCHEMA_VERSION,
                 remedy="The bundle is of another version of edge-runtime: export it again",
             )

@@ -15,7 +15,7 @@ try:
     import onnx.inliner
     import onnx.utils
 except ImportError as error:
-    raise missing_package("onnx", "export") from error
+    raise missing_package("onnx", "calib") from error
 
 #: What parsing bytes that are no ONNX file raises.
 DecodeError: type[Exception] = importlib.import_module("google.protobuf.message").DecodeError

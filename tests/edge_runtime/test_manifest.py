@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
+import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
 
 from edge_runtime.errors import ConfigError, EdgeRuntimeError, ManifestError
 from edge_runtime.files import sha256
@@ -60,10 +62,8 @@ class TestReading:
         assert bundle.hash == sha256((tmp_path / "b" / "manifest.json").read_bytes())
 
     def test_its_stages_are_real(self, bundle):
-        session = onnxruntime.InferenceSession(
-            bundle.stage_model("saver", "fp32"), providers=["CPUExecutionProvider"]
-        )
-        (logits,) = session.run(None, {"image": np.ones((2, 4), np.float32)})
+        saver = ReferenceEvaluator(onnx.load_model_from_string(bundle.stage_model("saver", "fp32")))
+        (logits,) = saver.run(None, {"image": np.ones((2, 4), np.float32)})
         assert logits.shape == (2, 3)
 
     def test_a_path_may_be_text_or_a_link_to_a_bundle(self, folder, tmp_path):
@@ -172,16 +172,14 @@ class TestAltered:
 
 
 class TestVersions:
-    @pytest.mark.parametrize("version", [0, 2, 99, None, "1", [1]])
+    @pytest.mark.parametrize("version", [0, 2, 99, None, "1", [1], "\n"])
     def test_an_unknown_version_names_both(self, tmp_path, version):
         parts = little_parts()
         parts.manifest["schema_version"] = version
         parts.manifest["a_key_of_the_future"] = 1
         with refused(
             ManifestError,
-            f"schema version: got {version}, expected 1"
-            if version is not None
-            else "schema version: expected 1",
+            f"schema version: got {version!r}, expected 1",
             "another version of edge-runtime",
         ):
             Bundle.open(parts.write(tmp_path / "b"))
@@ -196,7 +194,7 @@ class TestVersions:
     @pytest.mark.parametrize("manifest", [[], None, "text", 1])
     def test_no_version(self, folder, manifest):
         (folder / "manifest.json").write_text(json.dumps(manifest))
-        with refused(ManifestError, "schema version: expected 1"):
+        with refused(ManifestError, "schema version: got None, expected 1"):
             Bundle.open(folder)
 
 
@@ -376,8 +374,6 @@ class TestPathsThatLeave:
 
 
 def _graph_with(tensor):
-    from onnx import TensorProto, helper
-
     return helper.make_graph(
         [helper.make_node("MatMul", ["features", "secret"], ["late"])],
         "g",
