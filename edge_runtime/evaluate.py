@@ -177,9 +177,7 @@ def figures(
     )
 
 
-def show(
-    evaluation: Evaluation, point: OperatingPoint, base_exit: str, console: Console
-) -> None:
+def show(evaluation: Evaluation, point: OperatingPoint, base_exit: str, console: Console) -> None:
     """Print the table of exits and the verdict."""
     rows = [
         (

@@ -8,7 +8,7 @@ the last one always answers, whatever the policy says.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,28 +19,43 @@ from edge_runtime.errors import ConfigError
 PolicyKind = Literal["threshold", "patience", "patient_and_confident", "never"]
 POLICIES: tuple[PolicyKind, ...] = get_args(PolicyKind)
 
+#: One value per sample of a batch, shape (batch,), or that of one sample as a numpy scalar.
+Labels: TypeAlias = "NDArray[np.int64] | np.int64"
+Mask: TypeAlias = "NDArray[np.bool_] | np.bool_"
 
-@dataclass(slots=True)
+
 class Streak:
-    """What a policy remembers of the samples that are still in flight.
+    """What a policy remembers of the samples in flight: nothing, until it asks."""
 
-    Attributes:
-        labels: Label at the previous evaluated exit, -1 before the first; shape (batch,), int64.
-        length: Number of exits in a row that agreed (or were confident), shape (batch,), int64.
-    """
+    def __init__(self) -> None:
+        self._labels: Any = None
+        self._length: Any = 0
 
-    labels: NDArray[np.int64]
-    length: NDArray[np.int64]
+    def repeats(self, labels: Labels) -> Mask:
+        """Which samples have the label that they had at the last call; none at the first.
 
-    @classmethod
-    def start(cls, batch: int) -> Streak:
-        """The state before the first exit of `batch` samples."""
-        return cls(np.full(batch, -1, np.int64), np.zeros(batch, np.int64))
+        Args:
+            labels: Of the samples in flight, shape (batch,) or ().
+        """
+        before, self._labels = self._labels, labels.copy()
+        return nobody(labels) if before is None else labels == before
+
+    def count(self, goes_on: Mask) -> Any:
+        """How many calls in a row went on, this one included, shape (batch,) or (), int64."""
+        self._length = (self._length + 1) * np.int64(1) * goes_on
+        return self._length
 
     def keep(self, rows: NDArray[np.intp]) -> None:
         """Drop the samples that left; `rows` are the indices of those that stay."""
-        self.labels = self.labels[rows]
-        self.length = self.length[rows]
+        if self._labels is not None:
+            self._labels = self._labels[rows]
+        if np.ndim(self._length):
+            self._length = self._length[rows]
+
+
+def nobody(like: Labels) -> Mask:
+    """False for each sample."""
+    return np.zeros(np.shape(like), bool)
 
 
 class Policy(Protocol):
@@ -54,8 +69,8 @@ class Policy(Protocol):
         """
         ...
 
-    def leaves(self, position: int, decision: Decision, streak: Streak) -> NDArray[np.bool_]:
-        """Which samples leave at exit `position`, shape (batch,); updates `streak`."""
+    def leaves(self, position: int, decision: Decision, streak: Streak) -> Mask:
+        """Which samples leave at exit `position`, shape as the decision's; updates `streak`."""
         ...
 
 
@@ -67,9 +82,9 @@ class Never:
         """Only the last exit."""
         return (exits - 1,)
 
-    def leaves(self, position: int, decision: Decision, streak: Streak) -> NDArray[np.bool_]:
+    def leaves(self, position: int, decision: Decision, streak: Streak) -> Mask:
         """Nobody leaves early."""
-        return np.zeros(len(decision.labels), bool)
+        return nobody(decision.labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +113,12 @@ class Threshold:
                 return tuple(chosen)
         return (*chosen, exits - 1)
 
-    def leaves(self, position: int, decision: Decision, streak: Streak) -> NDArray[np.bool_]:
+    def leaves(self, position: int, decision: Decision, streak: Streak) -> Mask:
         """Samples whose signal reaches the threshold of this exit."""
         threshold = self.thresholds[position]
         if threshold is None:
-            return np.zeros(len(decision.labels), bool)
-        leaves: NDArray[np.bool_] = decision.signal >= np.float32(threshold)
+            return nobody(decision.labels)
+        leaves: Mask = decision.signal >= np.float32(threshold)
         return leaves
 
 
@@ -124,11 +139,10 @@ class Patience:
         """Every exit, or only the last where the cascade is too short for this patience."""
         return tuple(range(exits)) if self.patience <= exits - 2 else (exits - 1,)
 
-    def leaves(self, position: int, decision: Decision, streak: Streak) -> NDArray[np.bool_]:
+    def leaves(self, position: int, decision: Decision, streak: Streak) -> Mask:
         """Samples whose label was repeated often enough."""
-        streak.length = np.where(decision.labels == streak.labels, streak.length + 1, 0)
-        streak.labels = decision.labels.copy()
-        return streak.length >= self.patience
+        leaves: Mask = streak.count(streak.repeats(decision.labels)) >= self.patience
+        return leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +165,14 @@ class PatientAndConfident:
         chosen = [i for i, threshold in enumerate(self.thresholds) if threshold is not None]
         return (*chosen, exits - 1) if len(chosen) >= self.patience else (exits - 1,)
 
-    def leaves(self, position: int, decision: Decision, streak: Streak) -> NDArray[np.bool_]:
+    def leaves(self, position: int, decision: Decision, streak: Streak) -> Mask:
         """Samples that were confident often enough in a row."""
         threshold = self.thresholds[position]
         if threshold is None:
-            return np.zeros(len(decision.labels), bool)
-        confident = decision.signal >= np.float32(threshold)
-        streak.length = np.where(confident, streak.length + 1, 0)
-        return streak.length >= self.patience
+            return nobody(decision.labels)
+        confident: Mask = decision.signal >= np.float32(threshold)
+        leaves: Mask = streak.count(confident) >= self.patience
+        return leaves
 
 
 def check_patience(patience: int) -> None:

@@ -107,16 +107,20 @@ class TensorSpec:
         if array.dtype != np.dtype(self.dtype):
             # A dtype of foreign byte order has the same name, but not the same str().
             raise InputError(f"input {self.name!r}: dtype", got=array.dtype, expected=self.dtype)
-        if array.ndim != len(self.shape) or any(
-            isinstance(want, int) and have != want
-            for have, want in zip(array.shape[1:], self.shape[1:], strict=True)
-        ):
+        if array.shape[1:] != self.shape[1:] and not self._fits(array.shape):
             raise InputError(f"input {self.name!r}: shape", got=array.shape, expected=str(self))
         if array.shape[0] == 0:
             raise InputError(f"input {self.name!r}: the batch is empty", got=array.shape)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise InputError(f"input {self.name!r} has NaN or infinite values")
         return array
+
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether an array's shape has the lengths that are known, whatever its batch."""
+        return len(shape) == len(self.shape) and all(
+            isinstance(want, str) or have == want
+            for have, want in zip(shape[1:], self.shape[1:], strict=True)
+        )
 
     def __str__(self) -> str:
         """The shape and dtype as people write them: (batch, 3, 224, 224) float32."""

@@ -63,7 +63,7 @@ def export_stages(
     name: str,
     preprocess: PreprocessSpec | None = None,
     image_size: tuple[int, int] | None = None,
-    opset: int = 18,
+    opset: int = 20,
     tolerance: float = TOLERANCE,
     one_piece_check: bool = True,
     provenance: Mapping[str, Any] | None = None,

@@ -9,8 +9,9 @@ up once, before the first session, and the number of threads can't change afterw
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -211,8 +212,8 @@ class OnnxRuntimeBackend(HostBackend):
         self._stages: dict[str, Stage] = {}
         self._sessions: dict[str, Any] = {}
         self._precisions: dict[str, str] = {}
-        # (stage, first row, rows) -> the session's inputs and outputs bound to our buffers.
-        self._bindings: dict[tuple[str, int, int], Any] = {}
+        # (stage, batch) -> calls of the session, its inputs and outputs bound to our buffers.
+        self._bound: dict[tuple[str, int], tuple[Callable[[], None], ...]] = {}
         self._native: tuple[type[BaseException], ...] = ()
 
     def _open(self, plan: Plan, axes: Mapping[str, int], variants: Mapping[str, str]) -> None:
@@ -234,7 +235,7 @@ class OnnxRuntimeBackend(HostBackend):
 
     def close(self) -> None:
         """Free sessions, bindings and buffers."""
-        self._bindings = {}
+        self._bound = {}
         self._sessions = {}
         self._stages = {}
         super().close()
@@ -244,40 +245,43 @@ class OnnxRuntimeBackend(HostBackend):
         return self._precisions[stage]
 
     def _moved(self) -> None:
-        self._bindings = {}
+        self._bound = {}
 
     def run(self, stage: str) -> None:
         """Run the stage's session on the bound buffers; one sample at a time if it takes one."""
+        bound = self._bound.get((stage, self._batch))
+        if bound is None:
+            bound = self._bind(stage)
+        try:
+            for call in bound:
+                call()
+        except self._native as error:
+            raise native_error(error, f"stage {stage!r} failed", stage) from error
+
+    def _bind(self, stage: str) -> tuple[Callable[[], None], ...]:
+        """Bind a stage to the rows of the current frame: one call, or one per sample."""
         known = self._stages.get(stage)
         if known is None:
             raise BackendError(f"stage {stage!r} was not opened", stage=stage)
         if known.inputs[0].shape[0] == BATCH:
-            self._run_rows(stage, 0, self._batch)
+            bound: tuple[Callable[[], None], ...] = (self._call(known, 0, self._batch),)
         else:
-            for row in range(self._batch):
-                self._run_rows(stage, row, 1)
+            bound = tuple(self._call(known, row, 1) for row in range(self._batch))
+        self._bound[stage, self._batch] = bound
+        return bound
 
-    def _run_rows(self, stage: str, first: int, rows: int) -> None:
-        binding = self._bindings.get((stage, first, rows))
-        if binding is None:
-            binding = self._bindings[stage, first, rows] = self._bind(stage, first, rows)
-        try:
-            self._sessions[stage].run_with_iobinding(binding, self._run_options)
-        except self._native as error:
-            raise native_error(error, f"stage {stage!r} failed", stage) from error
-
-    def _bind(self, stage: str, first: int, rows: int) -> Any:
-        binding = self._sessions[stage].io_binding()
-        known = self._stages[stage]
+    def _call(self, stage: Stage, first: int, rows: int) -> Callable[[], None]:
+        session = self._sessions[stage.name]
+        binding = session.io_binding()
         for specs, bind in (
-            (known.inputs, binding.bind_ortvalue_input),
-            (known.outputs, binding.bind_ortvalue_output),
+            (stage.inputs, binding.bind_ortvalue_input),
+            (stage.outputs, binding.bind_ortvalue_output),
         ):
             for spec in specs:
                 # No copy: on the CPU an OrtValue is a view of the array, which we keep alive.
                 view = self._buffers[spec.name][first : first + rows]
                 bind(spec.name, self._ort.OrtValue.ortvalue_from_numpy(view))
-        return binding
+        return functools.partial(session.run_with_iobinding, binding, self._run_options)
 
 
 def _check_interface(stage: Stage, session: Any) -> None:

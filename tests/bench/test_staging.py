@@ -26,7 +26,13 @@ def test_a_short_run_measures_everything(tmp_path) -> None:
     subprocess.run(command, cwd=ROOT, env={**os.environ}, check=True)
     found = json.loads(target.read_text())
     ratios = found["ratios"]
-    assert set(ratios) == {"staged_without_heads", "staged_with_heads", "naive", "forced_exit"}
+    assert set(ratios) == {
+        "staged_without_heads",
+        "staged_with_heads",
+        "naive",
+        "one_piece_to_bare_session",
+        "forced_exit",
+    }
     assert len(ratios["forced_exit"]) == 4
     assert found["logits_max_relative_error"] <= 1e-4
     assert found["environment"]["cores"] >= 1

@@ -119,7 +119,7 @@ def test_figures_are_what_the_policy_does(
                     data.signals[staying, k],
                     data.signals[staying, k],
                 )
-                leaves = policy.leaves(k, decision, Streak.start(len(staying)))
+                leaves = policy.leaves(k, decision, Streak())
             counts[k] += int(leaves.sum())
             correct += int(data.correct[staying[leaves], k].sum())
             total += paid * leaves.sum()

@@ -96,7 +96,7 @@ class TestReadJson:
             read_json(tmp_path / "absent.json", "manifest")
         with refused(ManifestError, "is not a plain file"):
             read_json(tmp_path, "manifest")
-        with pytest.raises(ManifestError, match="can't be read: .*embedded null"):
+        with pytest.raises(ManifestError, match=r"can't be read: .*embedded null"):
             read_json(Path("a\0b"), "manifest")
 
     def test_does_not_wait_for_a_pipe(self, tmp_path):

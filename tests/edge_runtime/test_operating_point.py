@@ -121,7 +121,7 @@ class TestForced:
     def test_the_least_confident_logits_leave(self, cascade, metric):
         rule = OperatingPoint.forced(cascade, "first", metric=metric).policy_for(cascade)
         decision = decide(np.zeros((1, 3), np.float32), metric)
-        assert rule.leaves(0, decision, policy.Streak.start(1)).all()
+        assert rule.leaves(0, decision, policy.Streak()).all()
 
     def test_options_are_kept(self, cascade):
         point = OperatingPoint.forced(cascade, "first", variants={"first-stage": "int8"})
@@ -136,7 +136,7 @@ def test_all_exits_evaluates_everything_and_leaves_nowhere(cascade):
     rule = OperatingPoint.all_exits(cascade).policy_for(cascade)
     assert rule.evaluated(3) == (0, 1, 2)
     sure = decide(np.array([[1e30, 0, 0]], np.float32), "logits_margin")
-    assert not rule.leaves(0, sure, policy.Streak.start(1)).any()
+    assert not rule.leaves(0, sure, policy.Streak()).any()
 
 
 text = st.text(max_size=5)

@@ -24,7 +24,7 @@ def exits_of(policy: Policy, labels: np.ndarray, signals: np.ndarray) -> list[in
     samples, exits = labels.shape
     found = [-1] * samples
     rows = np.arange(samples)
-    streak = Streak.start(samples)
+    streak = Streak()
     evaluated = policy.evaluated(exits)
     assert list(evaluated) == sorted(set(evaluated))
     for position in evaluated:
@@ -130,13 +130,13 @@ class TestThreshold:
     def test_equal_leaves(self):
         signal = np.array([0.5, np.nextafter(np.float32(0.5), np.float32(0))], np.float32)
         decision = Decision(np.zeros(2, np.int64), signal, signal)
-        leaves = Threshold((0.5,), 0.0).leaves(0, decision, Streak.start(2))
+        leaves = Threshold((0.5,), 0.0).leaves(0, decision, Streak())
         assert leaves.tolist() == [True, False]
 
     def test_an_exit_without_a_threshold_lets_nobody_leave(self):
         decision = Decision(np.zeros(2, np.int64), np.ones(2, np.float32), np.ones(2, np.float32))
         for rule in (Threshold((None,), 0.0), PatientAndConfident((None,), 1)):
-            assert not rule.leaves(0, decision, Streak.start(2)).any()
+            assert not rule.leaves(0, decision, Streak()).any()
 
 
 class TestNever:
@@ -150,7 +150,7 @@ class TestNever:
         assert Never().evaluated(4) == (3,)
         ones = np.ones(2, np.float32)
         decision = Decision(np.zeros(2, np.int64), ones, ones)
-        assert not Never().leaves(0, decision, Streak.start(2)).any()
+        assert not Never().leaves(0, decision, Streak()).any()
 
 
 class TestPatience:
@@ -256,12 +256,13 @@ class TestPatientAndConfident:
 
 
 def test_a_streak_keeps_the_rows_that_stay():
-    streak = Streak.start(3)
-    assert streak.labels.tolist() == [-1, -1, -1]
-    streak.labels = np.array([4, 5, 6])
-    streak.length = np.array([1, 2, 3])
+    streak = Streak()
+    streak.keep(np.array([0, 1, 2]))
+    assert streak.repeats(np.array([4, 5, 6])).tolist() == [False, False, False]
+    assert streak.count(np.array([True, False, True])).tolist() == [1, 0, 1]
     streak.keep(np.array([0, 2]))
-    assert (streak.labels.tolist(), streak.length.tolist()) == ([4, 6], [1, 3])
+    assert streak.repeats(np.array([4, 5])).tolist() == [True, False]
+    assert streak.count(np.array([True, True])).tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("patience", [0, -1])

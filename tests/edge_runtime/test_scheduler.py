@@ -251,7 +251,7 @@ class TestDeadline:
         clock = FakeClock()
         cascade = self.scheduler(clock)
         cascade.backend._seconds["head2"] = 0.500
-        cascade(image())
+        assert cascade(image(), deadline_s=1.0).deadline_missed is False
         cascade.backend._seconds["head2"] = 0.010
         assert cascade(image(), deadline_s=0.070).exit == "exit1"
         exits = [cascade(image(), deadline_s=0.070).exit for _ in range(60)]
