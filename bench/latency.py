@@ -22,7 +22,6 @@ from edge_runtime.console import Console, milliseconds
 from edge_runtime.errors import EngineBuildError
 from edge_runtime.evaluate import Series, classify_in_turn, figures, show
 from edge_runtime.manifest import Bundle
-from edge_runtime.operating_point import OperatingPoint
 from edge_runtime.scheduler import Scheduler
 from edge_runtime.schema import plain
 from edge_runtime.timing import Latency, ratio
@@ -52,11 +51,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     bundle = Bundle.open(args.bundle)
     data = options.open_data(args, bundle)
     with ExitStack() as stack:
-        cascade = stack.enter_context(
-            options.open_cascade(args, bundle, data, args.operating_point)
-        )
-        base_point = OperatingPoint(name="base", policy="never", variants=cascade.point.variants)
-        base = stack.enter_context(options.open_cascade(args, bundle, data, base_point))
+        cascade, base = options.open_with_base(args, bundle, data, stack)
         subjects: dict[str, Callable[[NDArray[Any]], object]] = {"cascade": cascade, "base": base}
         missing = _add_one_session(subjects, bundle, base, options.onnxrt_options(args))
         console.note(f"{len(data)} images, {len(subjects)} subjects in turn; warming up")

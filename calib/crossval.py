@@ -13,7 +13,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from calib.sweep import CostModel, ExitTable, measure
+from calib.exit_table import CostModel, ExitTable
+from calib.sweep import measure
 from edge_runtime.errors import CalibrationError, ConfigError
 
 #: A procedure: thresholds from a table, one per exit but the last, None where the exit is pruned.

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.crossval import CrossValidation, cross_validate
-from calib.sweep import CostModel, ExitTable, Front, Point, sweep
+from calib.exit_table import CostModel, ExitTable, Point
+from calib.sweep import Front, sweep
 from edge_runtime.errors import CalibrationError, ConfigError
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from calib.sweep import CostModel, ExitTable
+from calib.exit_table import CostModel, ExitTable
 from calib.tables import PredictionTable, collect, stage_seconds
 from calib.thresholds import AccuracyDrop, Choice, CostBudget, Goal, ZeroLoss, choose, pays
 from edge_runtime import confidence, device, options

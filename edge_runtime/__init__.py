@@ -23,7 +23,8 @@ from edge_runtime.errors import (
 from edge_runtime.load import load
 from edge_runtime.manifest import Bundle
 from edge_runtime.operating_point import OperatingPoint
-from edge_runtime.scheduler import ExitRun, Prediction, Scheduler, StageRun, Trace
+from edge_runtime.prediction import ExitRun, Prediction, StageRun, Trace
+from edge_runtime.scheduler import Scheduler
 from edge_runtime.tensors import TensorSpec
 
 __all__ = [

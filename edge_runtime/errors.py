@@ -51,7 +51,8 @@ class EdgeRuntimeError(Exception):
         message = f"{what}: {', '.join(parts)}" if parts else what
         if remedy is not None:
             message = f"{message.rstrip('.')}. {remedy}"
-        super().__init__(message)
+        # One line, whatever a file or folder is called.
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 class ConfigError(EdgeRuntimeError, ValueError):

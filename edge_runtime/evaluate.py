@@ -22,7 +22,7 @@ from edge_runtime.console import Console, milliseconds, percent
 from edge_runtime.dataset import ImageDataset
 from edge_runtime.manifest import Bundle
 from edge_runtime.operating_point import OperatingPoint
-from edge_runtime.scheduler import Prediction
+from edge_runtime.prediction import Prediction
 from edge_runtime.schema import plain
 from edge_runtime.timing import Clock, Latency, Ratio, ratio, warm_up
 
@@ -249,11 +249,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     bundle = Bundle.open(args.bundle)
     data = options.open_data(args, bundle)
     with ExitStack() as stack:
-        cascade = stack.enter_context(
-            options.open_cascade(args, bundle, data, args.operating_point)
-        )
-        base_point = OperatingPoint(name="base", policy="never", variants=cascade.point.variants)
-        base = stack.enter_context(options.open_cascade(args, bundle, data, base_point))
+        cascade, base = options.open_with_base(args, bundle, data, stack)
         series = classify_in_turn(
             data, {"cascade": cascade, "base": base}, console, passes=args.passes
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, get_args
 
 from edge_runtime.dataset import ImageDataset, parse_part, parse_size
@@ -86,6 +87,18 @@ def onnxrt_options(args: argparse.Namespace) -> OnnxRuntimeOptions:
     return OnnxRuntimeOptions(
         provider=args.provider, threads=args.threads, optimization=args.optimization
     )
+
+
+def open_with_base(
+    args: argparse.Namespace, bundle: Bundle, data: ImageDataset, stack: ExitStack
+) -> tuple[Scheduler, Scheduler]:
+    """The cascade at the operating point of `args`, and its base model: the last exit alone.
+
+    Both run the same variants, and are closed with `stack`.
+    """
+    cascade = stack.enter_context(open_cascade(args, bundle, data, args.operating_point))
+    point = OperatingPoint(name="base", policy="never", variants=cascade.point.variants)
+    return cascade, stack.enter_context(open_cascade(args, bundle, data, point))
 
 
 def open_cascade(

@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,97 +23,14 @@ from edge_runtime.confidence import Decision
 from edge_runtime.errors import BackendError, ConfigError, InputError
 from edge_runtime.operating_point import OperatingPoint
 from edge_runtime.policy import Streak
+from edge_runtime.prediction import Ended, ExitRun, Prediction, StageRun, Trace
 from edge_runtime.timing import Clock
-
-#: Why a sample stopped: an exit was confident, it was the last one, or time was up.
-Ended = Literal["confident", "last", "deadline"]
 
 #: Blank frames that are run when a cascade is opened: the first allocates, the others are timed.
 _WARM_UP_FRAMES = 3
 
 #: The rows of a frame of one image.
 _ALONE: NDArray[np.intp] = np.zeros(1, np.intp)
-
-
-class StageRun(NamedTuple):
-    """One stage that was run.
-
-    Attributes:
-        stage: Its name.
-        precision: The variant that was run.
-        start_s: Seconds since the call began.
-        duration_s: Seconds that the stage took.
-        batch: Samples it was run on.
-    """
-
-    stage: str
-    precision: str
-    start_s: float
-    duration_s: float
-    batch: int
-
-
-class ExitRun(NamedTuple):
-    """One exit that was evaluated for one sample.
-
-    Attributes:
-        exit: Its name.
-        label: What it would have answered, a class index.
-        signal: Its confidence by the operating point's metric.
-        confidence: Its largest softmax probability, in [0, 1].
-    """
-
-    exit: str
-    label: int
-    signal: float
-    confidence: float
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """What happened to one sample.
-
-    Attributes:
-        backend: Name of the backend.
-        mode: Execution mode: who decided what ran next.
-        ended: Why it stopped.
-        stages: Stages that were run on it, in order.
-        exits: Exits that were evaluated, in order; the last one answered.
-    """
-
-    backend: str
-    mode: str
-    ended: Ended
-    stages: tuple[StageRun, ...]
-    exits: tuple[ExitRun, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """The answer for one image.
-
-    Attributes:
-        label: Class index.
-        name: Class name.
-        confidence: Largest softmax probability of the exit that answered, in [0, 1].
-        exit: Name of that exit.
-        latency_s: Seconds from the call to the answer.
-        deadline_missed: Whether the answer came after the deadline.
-        trace: What was run; put together when it is asked for.
-    """
-
-    label: int
-    name: str
-    confidence: float
-    exit: str
-    latency_s: float
-    deadline_missed: bool
-    _trace: Callable[[], Trace] = field(repr=False, compare=False)
-
-    @property
-    def trace(self) -> Trace:
-        """See the class."""
-        return self._trace()
 
 
 class Scheduler:
@@ -489,10 +405,17 @@ def _image_axes(plan: Plan, image_size: tuple[int, int] | None) -> Mapping[str, 
             )
         return {}
     height, width = image_size
+    if len(plan.image.shape) != 4:
+        raise ConfigError("image_size: the cascade takes no image", got=str(plan.image))
     fixed = plan.image.shape[1:3]
     if not named:
         if fixed != (height, width):
-            raise ConfigError("image_size", got=(height, width), expected=fixed)
+            raise ConfigError(
+                "size of the images",
+                got=f"{height}x{width}",
+                expected=f"{fixed[0]}x{fixed[1]}, which the bundle fixes",
+                remedy=f"Let the camera deliver it, or give --image-size {fixed[0]}x{fixed[1]}",
+            )
         return {}
     if named != ["height", "width"] or height < 1 or width < 1:
         raise ConfigError("image_size", got=(height, width), expected=str(plan.image))

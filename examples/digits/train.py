@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import tempfile
 import time
 from pathlib import Path
 
@@ -43,10 +42,7 @@ def split() -> tuple[ImageDataset, ImageDataset, ImageDataset]:
     """Training, thresholds and test data: disjoint, seeded, stratified by class."""
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "digits.npz"
-        np.savez(file, images=images, labels=digits.target)
-        everything = ImageDataset.open(file, CLASSES, channels=1)
+    everything = ImageDataset.from_arrays(images, digits.target, CLASSES)
     train, thresholds, test = everything.split(SPLIT, seed=SEED)
     return train, thresholds, test
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from calib.sweep import CostModel, ExitTable
+from calib.exit_table import CostModel, ExitTable
 from edge_runtime.cascade import Cascade, Exit, Stage
 from edge_runtime.tensors import TensorSpec
 

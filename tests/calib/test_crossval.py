@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from calib.crossval import cross_validate, paired_interval
-from calib.sweep import ExitTable, measure
+from calib.exit_table import ExitTable
+from calib.sweep import measure
 from calib.thresholds import AccuracyDrop, Goal, ZeroLoss, choose
 from edge_runtime.errors import CalibrationError, ConfigError
 from tests.calib.populations import BOUNDS, model_costs, population

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.sweep import ALWAYS, NEVER, CostModel, ExitTable, Front, measure, sweep
+from calib.exit_table import CostModel, ExitTable
+from calib.sweep import ALWAYS, NEVER, Front, measure, sweep
 from edge_runtime.cascade import Cascade
 from edge_runtime.confidence import Decision
 from edge_runtime.errors import CalibrationError, ConfigError

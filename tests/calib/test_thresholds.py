@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.sweep import CostModel, ExitTable, measure
+from calib.exit_table import CostModel, ExitTable
+from calib.sweep import measure
 from calib.thresholds import AccuracyDrop, Choice, CostBudget, Goal, ZeroLoss, choose, pays
 from edge_runtime.errors import CalibrationError, ConfigError
 from edge_runtime.operating_point import OperatingPoint

@@ -491,7 +491,7 @@ class TestImageSize:
     @settings(deadline=None)
     @given(*[st.integers(1, 40)] * 4)
     def test_any_image_covers_any_size(self, height, width, to_height, to_width):
-        from edge_runtime.dataset import _cover
+        from edge_runtime.image_sources import _cover
 
         array = np.full((height, width, 3), 77, np.uint8)
         found = _cover(array, (to_height, to_width))

@@ -300,9 +300,21 @@ def test_an_open_image_size_must_be_given() -> None:
         Scheduler(toy_cascade(), FakeBackend(), OperatingPoint("base", policy="never")).open()
 
 
-def test_a_fixed_image_size_may_not_be_changed() -> None:
-    with pytest.raises(ConfigError, match="image_size"):
+def test_a_cascade_without_an_image_has_no_image_size() -> None:
+    with pytest.raises(ConfigError, match="takes no image"):
         Scheduler(chain(), chain_backend(), point(), image_size=(2, 2)).open()
+
+
+def test_a_fixed_image_size_may_not_be_changed() -> None:
+    image = TensorSpec("image", ("batch", 8, 8, 3), "uint8")
+    logits = TensorSpec("logits", ("batch", 2), "float32")
+    cascade = Cascade(
+        ("a", "b"), image, (Stage("s", "saver", (image,), (logits,)),), (Exit("e", "logits"),)
+    )
+    op = OperatingPoint("base", policy="never")
+    with pytest.raises(ConfigError, match="got 9x8, expected 8x8, which the bundle fixes"):
+        Scheduler(cascade, FakeBackend(), op, image_size=(9, 8)).open()
+    Scheduler(cascade, FakeBackend(), op, image_size=(8, 8)).open().close()
 
 
 def test_non_finite_logits_name_exit_and_stage() -> None:

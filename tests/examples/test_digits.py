@@ -81,6 +81,24 @@ def test_every_exit_is_used(bundle: Bundle) -> None:
     assert exits == {"saver", "middle", "final"}
 
 
+def test_batch_1_and_batch_64_leave_at_the_same_exits(bundle: Bundle) -> None:
+    """But for samples within 1e-6 of a threshold, which are counted."""
+    thresholds = bundle.operating_point("zero_loss").thresholds
+    near = 0
+    with er.load(bundle) as cascade:
+        for images, _ in data("test").batches(64):
+            for one, together in zip(images, cascade.classify(images), strict=True):
+                (alone,) = cascade.classify(one[None])
+                if any(
+                    abs(run.signal - (thresholds.get(run.exit) or 9)) < 1e-6
+                    for run in alone.trace.exits
+                ):
+                    near += 1
+                else:
+                    assert (alone.exit, alone.label) == (together.exit, together.label)
+    assert near <= 4
+
+
 def test_the_cascade_is_at_least_one_and_a_half_times_faster(tmp_path: Path) -> None:
     """Measured in turn with its base, so that a busy machine slows both."""
     target = tmp_path / "evaluation.json"
