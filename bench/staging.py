@@ -10,6 +10,7 @@ own, against the one-piece model there. The scheduler's own cost is measured on 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -172,11 +173,11 @@ def staged_times(
         }
         for exit_ in _exits(bundle):
             forced = opened(OperatingPoint.forced(bundle.cascade, exit_.name))
-            subjects[f"forced {exit_.name}"] = lambda forced=forced: forced(image)  # type: ignore[misc]
+            subjects[f"forced {exit_.name}"] = functools.partial(forced, image)
         own = opened(OperatingPoint.all_exits(bundle.cascade)).backend
         own.feed(image[None])
         for stage in bundle.cascade.stages:
-            subjects[f"own {stage.name}"] = lambda name=stage.name: own.run(name)  # type: ignore[misc]
+            subjects[f"own {stage.name}"] = functools.partial(own.run, stage.name)
         times = _measure(subjects, rounds, console)
         error = _relative_error(base.logits(image[None]), one.logits(image[None]))
     return times, error

@@ -26,7 +26,7 @@ from edge_runtime.policy import Streak
 from edge_runtime.prediction import Ended, ExitRun, Prediction, StageRun, Trace
 from edge_runtime.timing import Clock
 
-#: Blank frames that are run when a cascade is opened: the first allocates, the others are timed.
+#: Frames of noise that are run when a cascade is opened: the first allocates, the last is timed.
 _WARM_UP_FRAMES = 3
 
 #: The rows of a frame of one image.
@@ -64,15 +64,17 @@ class Scheduler:
         self._opened = False
 
     def open(self) -> Scheduler:
-        """Load the stages that the operating point can reach, and run a few blank frames.
+        """Load the stages that the operating point can reach, and run a few frames of noise.
 
         Returns:
             The scheduler itself, for use in a with statement.
 
         Raises:
             ConfigError: The point does not fit the cascade, or the image's size is not known.
-            BackendError: A stage can't be loaded or fails on a blank frame.
+            BackendError: It is open already, a stage can't be loaded, or it fails on noise.
         """
+        if self._opened:
+            raise BackendError("the cascade is open already", remedy="Close it first")
         self._policy = self.point.policy_for(self.cascade)
         self.plan: Plan = self.cascade.plan(self._policy.evaluated(len(self.cascade.exits)))
         axes = _image_axes(self.plan, self._image_size)
@@ -276,11 +278,14 @@ class Scheduler:
         return Trace(self.backend.name, self.backend.mode, ended, tuple(stages), tuple(exits))
 
     def _warm_up(self) -> None:
-        """Run blank frames through every step: allocates buffers, and times each step once."""
+        """Run noise through every step: allocates buffers, and times each step once.
+
+        Noise, because a constant image has no variance to divide by.
+        """
         self._expected = _ExpectedTimes(len(self.plan.steps))
-        blank = np.zeros((1, *self.image.sample_shape()), self.image.dtype)
+        noise = np.random.default_rng(0).random((1, *self.image.sample_shape())) * 255
         for _ in range(_WARM_UP_FRAMES):
-            self.backend.feed(blank)
+            self.backend.feed(noise.astype(self.image.dtype))
             for index, step in enumerate(self._steps):
                 begin = self._clock()
                 for stage in step.stages:
@@ -374,7 +379,7 @@ class _ExpectedTimes:
         self._seconds: dict[tuple[int, int], float] = {}
 
     def warm(self, index: int, seconds: float) -> None:
-        """A blank frame took this long; the last one counts."""
+        """A frame of noise took this long; the last one counts."""
         self._base[index] = self._seconds[index, 1] = seconds
 
     def seconds(self, index: int, rows: int) -> float:

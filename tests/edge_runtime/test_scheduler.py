@@ -337,6 +337,13 @@ def test_a_closed_cascade_says_so() -> None:
         assert cascade(image(0)).exit == "exit0"
 
 
+def test_it_can_t_be_opened_twice() -> None:
+    with opened() as cascade:
+        with pytest.raises(BackendError, match="open already"):
+            cascade.open()
+        assert cascade(image(0)).exit == "exit0"
+
+
 def test_a_failed_open_closes_the_backend() -> None:
     backend = chain_backend()
     backend._functions["head2"] = lambda inputs: {"l2": np.float32([[np.inf, 0, 0]])}
