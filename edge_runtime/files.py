@@ -122,10 +122,7 @@ def replacing_folder(
         EdgeRuntimeError: A file can't be read or written; what was there is still there.
     """
     target = Path(os.path.realpath(target))
-    if target.exists():
-        _check_replaceable(target, overwrite, marker)
-    if not target.parent.is_dir():
-        raise ConfigError(f"the folder {target.parent} does not exist", remedy="Create it first")
+    check_target(target, overwrite=overwrite, marker=marker)
     building, old = _beside(target), _beside(target)
     try:
         building.mkdir()
@@ -167,8 +164,21 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 
-def _check_replaceable(target: Path, overwrite: bool, marker: str) -> None:
-    """Refuse to replace what the user did not mean or can't have meant."""
+def check_target(target: Path, *, overwrite: bool, marker: str = "manifest.json") -> None:
+    """Refuse a folder to write that `replacing_folder` would refuse, before any long work.
+
+    Args:
+        target: The folder to write.
+        overwrite: Whether a folder that is already there may be replaced.
+        marker: See `replacing_folder`.
+
+    Raises:
+        ConfigError: It exists and may not be replaced, or its parent does not exist.
+    """
+    if not target.absolute().parent.is_dir():
+        raise ConfigError(f"the folder {target.parent} does not exist", remedy="Create it first")
+    if not target.exists():
+        return
     if not overwrite:
         raise ConfigError(f"{target} exists", remedy="Choose another --out, or give --force")
     if not target.is_dir() or (not (target / marker).is_file() and any(target.iterdir())):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,6 @@ from edge_runtime.onnx_guard import refuse_external_data
 from edge_runtime.operating_point import OperatingPoint
 from edge_runtime.schema import plain
 from edge_runtime.tensors import TensorSpec
-
-#: Both become parts of file names, on every file system.
-_STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_PRECISION = re.compile(r"[a-z0-9_]+")
 
 
 @dataclass(frozen=True)
@@ -39,18 +34,6 @@ class BuiltStage:
     def default(self) -> bytes:
         """The model that runs where nobody chose another."""
         return next(iter(self.models.values()))
-
-
-def check_out(out: Path, *, overwrite: bool) -> None:
-    """Refuse before any work what `write_bundle` would refuse after it.
-
-    Raises:
-        ConfigError: `out` exists and `overwrite` is False, or its folder does not exist.
-    """
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} exists", remedy="Choose another --out, or give --force")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"the folder {out.parent} does not exist", remedy="Create it first")
 
 
 def write_bundle(
@@ -91,8 +74,6 @@ def write_bundle(
         EdgeRuntimeError: The disk is full, or the folder can't be written; nothing is left behind.
     """
     cascade = Cascade(tuple(classes), image, tuple(s.stage for s in stages), tuple(exits))
-    _check_names(stages)
-    _check_boundaries(cascade, boundary_dtype)
     for built in stages:
         for precision, model in built.models.items():
             refuse_external_data(model, f"stage {built.stage.name!r} ({precision})")
@@ -106,6 +87,7 @@ def write_bundle(
         exits=cascade.exits,
         provenance=provenance,
     )
+    _check_boundaries(cascade, boundary_dtype)
     with replacing_folder(out, overwrite=overwrite) as folder:
         (folder / "stages").mkdir()
         for built, record in zip(stages, manifest.stages, strict=True):
@@ -128,24 +110,7 @@ def _record(built: BuiltStage) -> StageRecord:
     return StageRecord(stage.name, stage.kind, stage.inputs, stage.outputs, variants)
 
 
-def _check_names(stages: Sequence[BuiltStage]) -> None:
-    for built in stages:
-        if not _STAGE_NAME.fullmatch(built.stage.name):
-            raise ConfigError(
-                f"stage name {built.stage.name!r}",
-                expected="letters, digits, '_', '-' and '.', because it names a file",
-            )
-        for precision in built.models:
-            if not _PRECISION.fullmatch(precision):
-                raise ConfigError(
-                    f"stage {built.stage.name!r}: precision {precision!r}",
-                    expected="lower-case letters, digits and '_', because it names a file",
-                )
-
-
 def _check_boundaries(cascade: Cascade, dtype: str) -> None:
-    if dtype not in ("float32", "float16"):
-        raise ConfigError("boundary_dtype", got=repr(dtype), expected="float32 or float16")
     for stage in cascade.stages:
         for spec in stage.outputs:
             if spec.dtype.startswith("float") and spec.dtype != dtype:

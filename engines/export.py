@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from edge_runtime.cascade import Cascade, Exit, Stage, StageKind
 from edge_runtime.errors import ConfigError, EngineBuildError, missing_package
+from edge_runtime.files import check_target
 from edge_runtime.manifest import Bundle
 from edge_runtime.tensors import BATCH, TensorSpec
-from engines.bundle import BuiltStage, check_out, write_bundle
+from engines.bundle import BuiltStage, write_bundle
 from engines.preprocess import PreprocessSpec, camera_image, preprocess_stage
 from engines.torch_exporter import MODULE_ERRORS, to_onnx, torch_error
 from engines.verify import TOLERANCE, run_model, verify
@@ -101,7 +102,7 @@ def export_stages(
         EngineBuildError: A module failed, could not be exported, or its ONNX differs from torch.
         BackendUnavailable: torch, onnx, onnxscript or onnxruntime is missing.
     """
-    check_out(out, overwrite=overwrite)
+    check_target(out, overwrite=overwrite)
     _check_packages()
     if image_size is not None and preprocess is None:
         raise ConfigError(

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from edge_runtime.cascade import Cascade, Exit, Stage, StageKind
 from edge_runtime.errors import ConfigError
-from edge_runtime.files import sha256
+from edge_runtime.files import check_target, sha256
 from edge_runtime.manifest import Bundle
 from edge_runtime.schema import nearest, plain
 from edge_runtime.tensors import BATCH, TensorSpec
-from engines.bundle import BuiltStage, check_out, write_bundle
+from engines.bundle import BuiltStage, write_bundle
 from engines.classifier import Classifier, read_model, understand
 from engines.cut import Piece, cut
 from engines.logits import append_logits, as_logits
@@ -56,7 +56,7 @@ def build(recipe: Recipe, out: Path, overwrite: bool = False) -> Bundle:
             the original.
         BackendUnavailable: onnx or onnxruntime is missing.
     """
-    check_out(out, overwrite=overwrite)
+    check_target(out, overwrite=overwrite)
     classes = recipe.class_names
     image = camera_image(recipe.image.channels, recipe.image.size)
     parts = _Parts(image)

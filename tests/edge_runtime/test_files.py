@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from edge_runtime import files
 from edge_runtime.errors import ConfigError, EdgeRuntimeError, ManifestError
-from edge_runtime.files import read_json, replacing_folder, sha256, write_json
+from edge_runtime.files import check_target, read_json, replacing_folder, sha256, write_json
 from tests.edge_runtime.bundles import refused
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -336,3 +336,16 @@ class TestReplacingFolder:
         names = {Path(path).name for path in before}
         assert {"manifest.json", "a.onnx", "stages"} <= names
         assert events[-1] == str(tmp_path)
+
+
+def test_a_target_is_checked_before_any_work(tmp_path):
+    check_target(tmp_path / "new", overwrite=False)
+    (tmp_path / "old").mkdir()
+    check_target(tmp_path / "old", overwrite=True)
+    with refused(ConfigError, "old exists. Choose another --out, or give --force"):
+        check_target(tmp_path / "old", overwrite=False)
+    with refused(ConfigError, "does not exist. Create it first"):
+        check_target(tmp_path / "no" / "new", overwrite=False)
+    (tmp_path / "old" / "thesis.txt").write_text("mine")
+    with refused(ConfigError, "it is no folder with a manifest.json"):
+        check_target(tmp_path / "old", overwrite=True)

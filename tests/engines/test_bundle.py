@@ -13,7 +13,7 @@ from edge_runtime.errors import ConfigError, EdgeRuntimeError, ManifestError
 from edge_runtime.manifest import Bundle
 from edge_runtime.operating_point import OperatingPoint
 from edge_runtime.tensors import TensorSpec
-from engines.bundle import BuiltStage, check_out, write_bundle
+from engines.bundle import BuiltStage, write_bundle
 
 IMAGE = TensorSpec("image", ("batch", 2), "float32")
 MIDDLE = TensorSpec("middle", ("batch", 2), "float32")
@@ -247,12 +247,3 @@ def test_refuses_stage_names_that_are_no_file_names(tmp_path: Path, name: str) -
     with pytest.raises(ConfigError, match="stage name"):
         write(tmp_path / "a", stages=stages)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_check_out_refuses_what_writing_would(tmp_path: Path) -> None:
-    check_out(tmp_path / "new", overwrite=False)
-    check_out(tmp_path, overwrite=True)
-    with pytest.raises(ConfigError, match="exists"):
-        check_out(tmp_path, overwrite=False)
-    with pytest.raises(ConfigError, match="does not exist"):
-        check_out(tmp_path / "no" / "new", overwrite=False)
