@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,6 +20,15 @@ FEATURES = TensorSpec("features", ("batch", 6), "float32")
 DEEP = TensorSpec("deep", ("batch", 6), "float32")
 MIDDLE_LOGITS = TensorSpec("middle/logits", ("batch", 4), "float32")
 FINAL_LOGITS = TensorSpec("final/logits", ("batch", 4), "float32")
+
+#: Shape, seed and scale of the weights of each stage behind the preprocessing.
+DENSE = {
+    "saver": ((3, 4), 1, 0.004),
+    "segment1": ((3, 6), 2, 0.004),
+    "head1": ((6, 4), 3, 0.5),
+    "segment2": ((6, 6), 4, 1.0),
+    "head2": ((6, 4), 5, 1.0),
+}
 
 
 def toy_cascade() -> Cascade:
@@ -46,14 +56,13 @@ def toy_cascade() -> Cascade:
 def toy_bundle(out: Path) -> Bundle:
     """The toy cascade with random weights, as a bundle."""
     cascade = toy_cascade()
-    models = {
-        "preprocess": mean_model(),
-        "saver": dense_model("pixels", "saver/logits", 3, 4, seed=1, scale=0.004),
-        "segment1": dense_model("pixels", "features", 3, 6, seed=2, scale=0.004),
-        "head1": dense_model("features", "middle/logits", 6, 4, seed=3, scale=0.5),
-        "segment2": dense_model("features", "deep", 6, 6, seed=4, batch=1),
-        "head2": dense_model("deep", "final/logits", 6, 4, seed=5, scale=1),
-    }
+    models = {"preprocess": mean_model()}
+    for stage in cascade.stages[1:]:
+        shape, seed, scale = DENSE[stage.name]
+        (source,), (target,) = stage.inputs, stage.outputs
+        models[stage.name] = dense_model(
+            source.name, target.name, *shape, seed=seed, scale=scale, batch=source.shape[0]
+        )
     return write_bundle(
         out,
         name="toy",
@@ -63,6 +72,27 @@ def toy_bundle(out: Path) -> Bundle:
         exits=cascade.exits,
         provenance={"made_by": "tests"},
     )
+
+
+def toy_modules() -> dict[str, Any]:
+    """The same stages as torch modules."""
+    import torch
+
+    class Mean(torch.nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image.float().mean(dim=(1, 2))
+
+    class Dense(torch.nn.Module):
+        def __init__(self, *shape: int, seed: int, scale: float) -> None:
+            super().__init__()
+            weights = dense_weights(*shape, seed=seed, scale=scale)
+            self.weights = torch.nn.Parameter(torch.from_numpy(weights))
+
+        def forward(self, source: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(source @ self.weights) * 3
+
+    dense = {name: Dense(*shape, seed=s, scale=c) for name, (shape, s, c) in DENSE.items()}
+    return {"preprocess": Mean(), **dense}
 
 
 def toy_images(count: int, seed: int = 0, height: int = 5, width: int = 7) -> np.ndarray:
@@ -104,9 +134,9 @@ def dense_model(
     batch: str | int = "batch",
 ) -> bytes:
     """tanh(source @ weights * scale), times three."""
-    weights = np.random.default_rng(seed).standard_normal((width_in, width_out))
+    weights = dense_weights(width_in, width_out, seed=seed, scale=scale)
     initializers = [
-        numpy_helper.from_array((weights * scale).astype(np.float32), "weights"),
+        numpy_helper.from_array(weights, "weights"),
         numpy_helper.from_array(np.float32(3), "three"),
     ]
     nodes = [
@@ -122,6 +152,12 @@ def dense_model(
         initializers,
     )
     return _model(graph)
+
+
+def dense_weights(width_in: int, width_out: int, *, seed: int, scale: float) -> np.ndarray:
+    """Random weights, shape (in, out), float32."""
+    weights = np.random.default_rng(seed).standard_normal((width_in, width_out))
+    return (weights * scale).astype(np.float32)
 
 
 def _model(graph: onnx.GraphProto) -> bytes:

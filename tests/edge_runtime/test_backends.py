@@ -12,13 +12,15 @@ from edge_runtime import BackendError, Bundle, ConfigError, EdgeRuntimeError
 from edge_runtime.backends.base import Backend
 from edge_runtime.backends.fake import FakeBackend
 from edge_runtime.backends.onnxrt import OnnxRuntimeBackend
+from edge_runtime.backends.torch import TorchBackend
 from edge_runtime.cascade import Plan
-from tests.toys import toy_bundle, toy_cascade, toy_images
+from tests.toys import toy_bundle, toy_cascade, toy_images, toy_modules
 
 AXES = {"height": 5, "width": 7}
 BACKENDS: dict[str, Callable[[Bundle], Backend]] = {
     "fake": lambda bundle: FakeBackend(),
     "onnxrt": OnnxRuntimeBackend,
+    "torch": lambda bundle: TorchBackend(toy_modules()),
 }
 
 
@@ -32,8 +34,12 @@ def plan() -> Plan:
     return toy_cascade().plan([0, 1, 2])
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(
+    params=["fake", "onnxrt", pytest.param("torch", marks=pytest.mark.torch)],
+)
 def closed(request: pytest.FixtureRequest, bundle: Bundle) -> Backend:
+    if request.param == "torch":
+        pytest.importorskip("torch")
     return BACKENDS[request.param](bundle)
 
 
@@ -226,3 +232,90 @@ class TestOnnxRuntime:
         settings = onnxrt._session_options(onnxruntime, options, shared)
         assert settings.use_per_session_threads
         assert settings.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+@pytest.mark.torch
+class TestTorch:
+    """What only live modules have."""
+
+    @pytest.fixture
+    def modules(self) -> dict:
+        pytest.importorskip("torch")
+        return toy_modules()
+
+    def test_it_computes_what_onnx_runtime_computes(
+        self, modules: dict, bundle: Bundle, plan: Plan
+    ) -> None:
+        images = toy_images(5)
+        found = []
+        for backend in (TorchBackend(modules), OnnxRuntimeBackend(bundle)):
+            backend.open(plan, AXES, {})
+            found.append(run_all(backend, plan, images))
+            backend.close()
+        for name, value in found[0].items():
+            np.testing.assert_allclose(value, found[1][name], rtol=1e-4, atol=1e-4)
+
+    def test_modules_get_their_mode_back(self, modules: dict, plan: Plan) -> None:
+        modules["head1"].eval()
+        modules["saver"].train()
+        backend = TorchBackend(modules)
+        backend.open(plan, AXES, {})
+        assert not modules["saver"].training
+        backend.close()
+        assert modules["saver"].training
+        assert not modules["head1"].training
+
+    def test_a_module_that_two_stages_share_gets_its_mode_back(
+        self, modules: dict, plan: Plan
+    ) -> None:
+        modules["head2"] = modules["head1"]
+        backend = TorchBackend(modules)
+        backend.open(plan, AXES, {})
+        backend.close()
+        assert modules["head1"].training
+
+    def test_a_missing_module_is_named(self, modules: dict, plan: Plan) -> None:
+        del modules["head1"]
+        with pytest.raises(ConfigError, match="stage 'head1' has no module"):
+            TorchBackend(modules).open(plan, AXES, {})
+
+    def test_another_variant_is_refused(self, modules: dict, plan: Plan) -> None:
+        with pytest.raises(ConfigError, match="variant: got 'int8', expected fp32"):
+            TorchBackend(modules).open(plan, AXES, {"saver": "int8"})
+
+    def test_a_module_that_returns_something_else(self, modules: dict, plan: Plan) -> None:
+        modules["saver"] = modules["segment1"]
+        backend = TorchBackend(modules)
+        backend.open(plan, AXES, {})
+        backend.feed(toy_images(2))
+        backend.run("preprocess")
+        with pytest.raises(BackendError, match=r"got \(2, 6\) float32, expected \(batch, 4\)"):
+            backend.run("saver")
+
+    def test_a_module_that_raises(self, modules: dict, plan: Plan) -> None:
+        modules["saver"] = modules["head2"]
+        backend = TorchBackend(modules)
+        backend.open(plan, AXES, {})
+        backend.feed(toy_images(2))
+        backend.run("preprocess")
+        with pytest.raises(BackendError, match="torch says: RuntimeError") as caught:
+            backend.run("saver")
+        assert caught.value.stage == "saver"
+        assert caught.value.__cause__ is not None
+
+    def test_a_device_that_is_not_here(self, modules: dict, plan: Plan) -> None:
+        from edge_runtime import BackendUnavailable
+
+        with pytest.raises(BackendUnavailable, match="torch has no device 'abacus'"):
+            TorchBackend(modules, device="abacus").open(plan, AXES, {})
+
+    @pytest.mark.gpu
+    def test_on_cuda_it_computes_the_same(self, modules: dict, plan: Plan) -> None:
+        found = []
+        for device in ("cpu", "cuda"):
+            backend = TorchBackend(modules, device=device)
+            backend.open(plan, AXES, {})
+            found.append(run_all(backend, plan, toy_images(5)))
+            backend.close()
+        for name, value in found[0].items():
+            np.testing.assert_allclose(value, found[1][name], rtol=1e-3, atol=1e-3)
