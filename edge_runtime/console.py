@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 #: Seconds between progress lines where stderr is no terminal.
 _PROGRESS_EVERY_S = 10.0
+#: Seconds between two drawings of a bar.
+_BAR_EVERY_S = 0.25
 #: Width of tables where stdout is no terminal.
 _PIPE_WIDTH = 120
 
@@ -87,10 +89,14 @@ class Console:
         except ImportError as error:
             raise missing_package("rich", "cpu") from error
         table = Table(title=Text(title), box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
+        cells = [[str(cell) for cell in row] for row in rows]
         for i, column in enumerate(columns):
-            table.add_column(Text(column), justify="right" if i else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*(Text(str(cell)) for cell in row))
+            # On a narrow terminal text wraps between words; numbers stay whole.
+            words = " ".join([column, *(row[i] for row in cells)]).split()
+            longest = max(map(len, words))
+            table.add_column(Text(column), justify="right" if i else "left", min_width=longest)
+        for row in cells:
+            table.add_row(*map(Text, row))
         width = None if self._people.isatty() else _PIPE_WIDTH
         RichConsole(file=self._people, width=width, highlight=False).print(table)
         self._people.flush()
@@ -115,12 +121,21 @@ class Console:
     def _bar(self, items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
         try:
             from rich.console import Console as RichConsole
-            from rich.progress import track
+            from rich.progress import Progress
         except ImportError as error:
             raise missing_package("rich", "cpu") from error
-        yield from track(
-            items, description, total, console=RichConsole(file=self._stderr), transient=True
-        )
+        # No thread of its own, which would run into whatever is being timed: the bar is drawn
+        # between two items.
+        console = RichConsole(file=self._stderr)
+        with Progress(console=console, transient=True, auto_refresh=False) as progress:
+            task = progress.add_task(description, total=total)
+            drawn = 0.0
+            for item in items:
+                yield item
+                progress.advance(task)
+                if time.monotonic() - drawn >= _BAR_EVERY_S:
+                    progress.refresh()
+                    drawn = time.monotonic()
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write the command's result as JSON, where it was asked for."""
