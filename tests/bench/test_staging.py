@@ -40,3 +40,4 @@ def test_a_short_run_measures_everything(tmp_path) -> None:
     # when sessions stop sharing their threads.
     assert ratios["staged_without_heads"] < 1.3
     assert ratios["staged_with_heads"] < 1.4
+    assert ratios["naive"] > ratios["staged_with_heads"]
