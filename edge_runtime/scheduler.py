@@ -173,9 +173,9 @@ class Scheduler:
     def _prepared(self, step: Step) -> _Step:
         """What every frame needs of a step, in one place.
 
-        A stage leaves cold caches behind, in which each object that Python touches costs about a
-        microsecond: measured on 2 cores, a ViT-Tiny in 5 stages took 5 to 7 % longer than in one
-        piece while this was looked up per frame.
+        A stage leaves cold caches behind, and then every object that Python touches costs: looking
+        these up frame by frame is what ``python -m bench.staging`` would show as forced exits that
+        take longer than their stages.
         """
         return _Step(
             position=step.position,
