@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_data(parser)
     parser.add_argument(
         "--duration",
-        type=float,
+        type=options.positive,
         default=_DURATION_S,
         metavar="SECONDS",
         help=f"measure about this long (default {_DURATION_S:.0f})",

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 import edge_runtime as er
 from bench.latency import one_session
-from edge_runtime import device
+from edge_runtime import device, options
 from edge_runtime.backends.fake import FakeBackend
 from edge_runtime.backends.onnxrt import OnnxRuntimeBackend, OnnxRuntimeOptions
 from edge_runtime.cli import run_command
@@ -42,16 +42,16 @@ from engines.one_piece import one_piece
 
 Times = dict[str, NDArray[np.float64]]
 
-_WARM_UP_ROUNDS = 20
-_WARM_UP_S = 2.0
 #: Stages and classes of the cascade on which the scheduler's own cost is measured.
 _FAKE_EXITS, _FAKE_CLASSES, _FAKE_FRAMES = 4, 10, 3000
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``python -m bench.staging``."""
-    parser.add_argument("--rounds", type=int, default=200, help="times each subject runs")
-    parser.add_argument("--threads", type=int, default=0, help="0: one per core (default)")
+    parser.add_argument("--rounds", type=options.count, default=200, help="times each subject runs")
+    parser.add_argument(
+        "--threads", type=options.whole, default=0, help="0: one per core (default)"
+    )
     parser.add_argument("--naive-of", metavar="BUNDLE", help=argparse.SUPPRESS)
 
 
@@ -156,17 +156,17 @@ def staged_times(
         Name -> seconds, shape (rounds,); and the largest relative difference between the logits of
         the staged and the one-piece model.
     """
-    options = OnnxRuntimeOptions(threads=threads)
+    settings = OnnxRuntimeOptions(threads=threads)
     image = _image()
     with ExitStack() as stack:
 
         def opened(point: OperatingPoint, of: er.Bundle = bundle) -> Scheduler:
-            return stack.enter_context(_scheduler(of, point, options))
+            return stack.enter_context(_scheduler(of, point, settings))
 
         never = OperatingPoint("base", policy="never")
         base, one = opened(never), opened(never, whole)
         heads = opened(OperatingPoint.all_exits(bundle.cascade))
-        bare = one_session(whole.stage_model("whole", "fp32"), base, options)
+        bare = one_session(whole.stage_model("whole", "fp32"), base, settings)
         subjects: dict[str, Callable[[], object]] = {
             "bare_session": lambda: bare(image),
             "one_piece": lambda: one(image),
@@ -187,9 +187,9 @@ def staged_times(
 
 def naive_times(bundle: er.Bundle, rounds: int, threads: int) -> NDArray[np.float64]:
     """Seconds of the staged model, all heads evaluated, with a thread pool per session."""
-    options = OnnxRuntimeOptions(threads=threads, threading="per_session")
+    settings = OnnxRuntimeOptions(threads=threads, threading="per_session")
     image = _image()
-    with _scheduler(bundle, OperatingPoint.all_exits(bundle.cascade), options) as naive:
+    with _scheduler(bundle, OperatingPoint.all_exits(bundle.cascade), settings) as naive:
         return _measure({"naive": lambda: naive(image)}, rounds, None)["naive"]
 
 
@@ -229,7 +229,7 @@ def _measure(
         for subject in subjects.values():
             subject()
 
-    warm_up(once, iterations=_WARM_UP_ROUNDS, seconds=_WARM_UP_S, clock=time.perf_counter)
+    warm_up(once, clock=time.perf_counter)
     if console is None:
         return interleave(subjects, rounds=rounds, clock=time.perf_counter)
     ticks = console.progress(range(rounds + 1), "measuring", rounds)
@@ -257,11 +257,11 @@ def _exits(bundle: er.Bundle) -> Sequence[er.Exit]:
     return bundle.cascade.exits
 
 
-def _scheduler(bundle: er.Bundle, point: OperatingPoint, options: OnnxRuntimeOptions) -> Scheduler:
+def _scheduler(bundle: er.Bundle, point: OperatingPoint, settings: OnnxRuntimeOptions) -> Scheduler:
     image = _image()
     return Scheduler(
         bundle.cascade,
-        OnnxRuntimeBackend(bundle, options),
+        OnnxRuntimeBackend(bundle, settings),
         point,
         image_size=(image.shape[0], image.shape[1]),
     )

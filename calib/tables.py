@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from edge_runtime.cascade import Cascade
 from edge_runtime.console import Console
 from edge_runtime.dataset import ImageDataset
-from edge_runtime.evaluate import WARM_UP_ITERATIONS, WARM_UP_SECONDS
 from edge_runtime.scheduler import Scheduler
 from edge_runtime.timing import warm_up
 
@@ -68,12 +67,7 @@ def stage_seconds(
         Stage name -> median seconds, and the median seconds per exit that go to deciding.
     """
     images = [data.image(i) for i in range(min(len(data), _TIMED))]
-    warm_up(
-        lambda: scheduler(images[0]),
-        iterations=WARM_UP_ITERATIONS,
-        seconds=WARM_UP_SECONDS,
-        clock=time.perf_counter,
-    )
+    warm_up(lambda: scheduler(images[0]), clock=time.perf_counter)
     stages: dict[str, list[float]] = {stage.name: [] for stage in scheduler.plan.stages}
     rest = []
     for image in console.progress(images, "timing stages"):

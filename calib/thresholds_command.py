@@ -54,14 +54,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--latency-budget-ms",
-        type=float,
+        type=options.positive,
         action="append",
         default=[],
         metavar="MS",
         help="also the most accurate point with this mean time per image; repeatable",
     )
-    parser.add_argument("--folds", type=int, default=5, help="folds of the cross-validation")
-    parser.add_argument("--repeats", type=int, default=10, help="times it is repeated")
+    parser.add_argument(
+        "--folds", type=options.count, default=5, help="folds of the cross-validation"
+    )
+    parser.add_argument("--repeats", type=options.whole, default=10, help="times it is repeated")
     parser.add_argument("--dry-run", action="store_true", help="show the points, write nothing")
 
 

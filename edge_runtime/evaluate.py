@@ -26,11 +26,6 @@ from edge_runtime.prediction import Prediction
 from edge_runtime.schema import plain
 from edge_runtime.timing import Clock, Latency, Ratio, ratio, warm_up
 
-#: A run begins after this much warm-up, whichever is longer (benchmarking method of MLPerf-style
-#: single-stream runs; see docs/concepts.md).
-WARM_UP_ITERATIONS = 200
-WARM_UP_SECONDS = 0.2
-
 
 @dataclass(frozen=True, slots=True)
 class Series:
@@ -117,7 +112,7 @@ def classify_in_turn(
         for subject in subjects.values():
             subject(image)
 
-    warm_up(each_subject, iterations=WARM_UP_ITERATIONS, seconds=WARM_UP_SECONDS, clock=clock)
+    warm_up(each_subject, clock=clock)
     seconds = {name: np.empty((passes, len(data))) for name in subjects}
     answers: dict[str, list[object]] = {name: [None] * len(data) for name in subjects}
     turns = ((p, i) for p in range(passes) for i in range(len(data)))
@@ -241,7 +236,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_bundle(parser)
     options.add_operating_point(parser)
     options.add_data(parser)
-    parser.add_argument("--passes", type=int, default=1, help="times the data is gone through")
+    parser.add_argument(
+        "--passes", type=options.count, default=1, help="times the data is gone through"
+    )
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:

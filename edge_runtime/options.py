@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, get_args
 
@@ -17,6 +18,37 @@ if TYPE_CHECKING:
     from edge_runtime.backends.onnxrt import OnnxRuntimeOptions
 
 
+def count(text: str) -> int:
+    """The type of an option that is a whole number >= 1."""
+    return _whole(text, 1)
+
+
+def whole(text: str) -> int:
+    """The type of an option that is a whole number >= 0."""
+    return _whole(text, 0)
+
+
+def positive(text: str) -> float:
+    """The type of an option that is a finite number > 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number > 0")
+    return value
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number >= {least}")
+    return value
+
+
 def add_bundle(parser: argparse.ArgumentParser) -> None:
     """The bundle, and how its stages are run."""
     from edge_runtime.backends.onnxrt import Optimization
@@ -24,7 +56,7 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", help="folder of the bundle")
     group = parser.add_argument_group("backend")
     group.add_argument("--backend", choices=BACKENDS, default="onnxrt")
-    group.add_argument("--threads", type=int, default=0, help="0: one per core (default)")
+    group.add_argument("--threads", type=whole, default=0, help="0: one per core (default)")
     group.add_argument(
         "--provider", default="CPUExecutionProvider", help="ONNX Runtime's execution provider"
     )
@@ -41,7 +73,9 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         help="a folder of class folders, or an npz with images and labels",
     )
     group.add_argument("--part", metavar="K/N", help="use the K-th of N disjoint parts of the data")
-    group.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
+    group.add_argument(
+        "--seed", type=whole, default=0, help="seed of everything random (default 0)"
+    )
     group.add_argument(
         "--image-size",
         metavar="HEIGHTxWIDTH",

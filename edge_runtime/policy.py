@@ -42,7 +42,7 @@ class Streak:
 
     def count(self, goes_on: Mask) -> Any:
         """How many calls in a row went on, this one included, shape (batch,) or (), int64."""
-        self._length = (self._length + 1) * np.int64(1) * goes_on
+        self._length = (self._length + 1) * goes_on
         return self._length
 
     def keep(self, rows: NDArray[np.intp]) -> None:

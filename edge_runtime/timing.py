@@ -129,8 +129,13 @@ def ratio(
     return Ratio(float(statistic(a) / statistic(b)), float(low), float(high))
 
 
-def warm_up(work: Callable[[], object], *, iterations: int, seconds: float, clock: Clock) -> None:
-    """Call `work` until both `iterations` calls were made and `seconds` have passed."""
+def warm_up(
+    work: Callable[[], object], *, clock: Clock, iterations: int = 200, seconds: float = 0.2
+) -> None:
+    """Call `work` until both `iterations` calls were made and `seconds` have passed.
+
+    The defaults are those of every measurement here (docs/concepts.md, "How numbers are made").
+    """
     begin, calls = clock(), 0
     while calls < iterations or clock() - begin < seconds:
         work()

@@ -183,6 +183,27 @@ def test_errors_are_one_line_with_their_code(capsys, toy, arguments, code, messa
     assert not (toy / "new.bundle").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("evaluate", "--passes", "0"),
+        ("evaluate", "--threads", "-1"),
+        ("evaluate", "--seed", "-1"),
+        ("bench", "--duration", "nan"),
+        ("bench", "--duration", "-1"),
+        ("thresholds", "--seed", "1.5"),
+        ("thresholds", "--folds", "0"),
+        ("thresholds", "--repeats", "-1"),
+        ("thresholds", "--latency-budget-ms", "0"),
+    ],
+)
+def test_a_number_that_can_t_be_is_a_usage_error(capsys, toy, command, option, value) -> None:
+    arguments = (command, toy / "toy.bundle", "--data", toy / "data.npz", f"{option}={value}")
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert f"argument {option}: got '{value}', expected a" in err
+
+
 def test_ctrl_c_is_quiet(capsys, monkeypatch, toy) -> None:
     from edge_runtime import info
 
