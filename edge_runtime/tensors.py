@@ -14,6 +14,9 @@ from edge_runtime.errors import ConfigError, InputError
 #: The dtypes that may cross a boundary, each of which NumPy, ONNX and TensorRT know.
 DTYPES = ("bool", "uint8", "int8", "int32", "int64", "float16", "float32")
 
+# Made once: `TensorSpec.check` is called for every frame.
+_NUMPY = {name: np.dtype(name) for name in DTYPES}
+
 #: The name of the first axis of every tensor that can carry more than one sample.
 BATCH = "batch"
 
@@ -104,14 +107,14 @@ class TensorSpec:
             raise InputError(
                 f"input {self.name!r}", got=type(array).__name__, expected="a numpy.ndarray"
             )
-        if array.dtype != np.dtype(self.dtype):
+        if array.dtype != _NUMPY[self.dtype]:
             # A dtype of foreign byte order has the same name, but not the same str().
             raise InputError(f"input {self.name!r}: dtype", got=array.dtype, expected=self.dtype)
         if array.shape[1:] != self.shape[1:] and not self._fits(array.shape):
             raise InputError(f"input {self.name!r}: shape", got=array.shape, expected=str(self))
         if array.shape[0] == 0:
             raise InputError(f"input {self.name!r}: the batch is empty", got=array.shape)
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if self.dtype in ("float16", "float32") and not np.isfinite(array).all():
             raise InputError(f"input {self.name!r} has NaN or infinite values")
         return array
 
