@@ -7,7 +7,14 @@ from pathlib import Path
 
 from setuptools import setup
 
-PACKAGES = ["edge_runtime", "edge_runtime.backends", "engines", "calib", "bench"]
+PACKAGES = [
+    "edge_runtime",
+    "edge_runtime.backends",
+    "edge_runtime.backends.cuda",
+    "engines",
+    "calib",
+    "bench",
+]
 
 CLI = ["PyYAML", "rich"]  # configuration files and tables
 ONNX = ["onnx>=1.19", "onnxruntime"]
@@ -27,11 +34,11 @@ EXTRAS = {
     "video": ["opencv-python-headless"],
     "loop": ["prometheus_client"],
     # On a Jetson TensorRT comes with JetPack, never from a package index.
-    "tensorrt": ["tensorrt>=10.3 ; platform_machine != 'aarch64'", "cuda-core[cu13]>=1.0"],
+    "tensorrt": ["tensorrt>=10.3 ; platform_machine != 'aarch64'", "cuda-core[cu13]>=1.1"],
     # JetPack 6 brings CUDA 12 and Python 3.10, JetPack 7 CUDA 13 and Python 3.12.
     "jetson": [
-        "cuda-core[cu12]>=1.0 ; python_version < '3.12'",
-        "cuda-core[cu13]>=1.0 ; python_version >= '3.12'",
+        "cuda-core[cu12]>=1.1 ; python_version < '3.12'",
+        "cuda-core[cu13]>=1.1 ; python_version >= '3.12'",
         "pycuda>=2026.1",
     ],
     "jtop": ["jetson-stats"],
@@ -43,6 +50,7 @@ EXTRAS = {
         "setuptools>=77",
         "types-PyYAML",
         *[f"{wheel} ; {LINUX_X86_64}" for wheel in TENSORRT_WITHOUT_GPU],
+        f"cuda-core[cu13]>=1.1 ; {LINUX_X86_64}",  # compiles CUDA kernels without a GPU
     ],
 }
 
@@ -67,7 +75,10 @@ setup(
     extras_require=EXTRAS,
     packages=PACKAGES,
     package_dir={"": "."},
-    package_data={package: ["py.typed"] for package in PACKAGES if "." not in package},
+    package_data={
+        **{package: ["py.typed"] for package in PACKAGES if "." not in package},
+        "edge_runtime.backends.cuda": ["*.cu"],
+    },
     entry_points={"console_scripts": ["edge-runtime = edge_runtime.cli:main"]},
     zip_safe=False,
 )

@@ -61,14 +61,14 @@ def decide(logits: NDArray[np.floating], metric: Metric, temperature: float = 1.
     if values.ndim == 1:
         top = values.item(labels)
         if not _fits(top - values.item(lowest), temperature):
-            raise _not_finite(0)
+            raise not_finite(0)
         shifted = np.subtract(values, top)
     else:
         rows = np.arange(len(values))
         tops = values[rows, labels]
         for sample, low in enumerate(values[rows, lowest].tolist()):
             if not _fits(tops.item(sample) - low, temperature):
-                raise _not_finite(sample)
+                raise not_finite(sample)
         shifted = values - tops[:, None]
     if temperature != 1.0:
         shifted /= np.float32(temperature)
@@ -94,7 +94,8 @@ def _fits(spread: float, temperature: float) -> bool:
     return spread <= _LARGEST and spread / temperature <= _LARGEST
 
 
-def _not_finite(sample: int) -> BackendError:
+def not_finite(sample: int) -> BackendError:
+    """The error for logits of a sample that are no numbers."""
     return BackendError(
         f"the logits of sample {sample} of the batch are NaN, infinite or beyond float32's range",
         remedy="The model overflows on this image: a stage at higher precision may mend it",

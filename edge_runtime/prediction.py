@@ -16,8 +16,8 @@ class StageRun(NamedTuple):
     Attributes:
         stage: Its name.
         precision: The variant that was run.
-        start_s: Seconds since the call began.
-        duration_s: Seconds that the stage took.
+        start_s: Seconds since the call began; NaN where only the device knows.
+        duration_s: Seconds that the stage took; NaN likewise.
         batch: Samples it was run on.
     """
 
@@ -36,12 +36,14 @@ class ExitRun(NamedTuple):
         label: What it would have answered, a class index.
         signal: Its confidence by the operating point's metric.
         confidence: Its largest softmax probability, in [0, 1].
+        at_s: Seconds from the call to its decision.
     """
 
     exit: str
     label: int
     signal: float
     confidence: float
+    at_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,19 @@
 """Runs a cascade on a backend until the first confident exit, or the deadline.
 
 The scheduler decides in one place: it runs the stages that an exit needs, asks the backend to judge
-the exit's logits, lets the confident samples leave, compacts the rest and goes on. What happened is
-in the trace of every prediction.
+the exit's logits, lets the confident samples leave, compacts the rest and goes on. A backend that
+decides by itself gets the rule and the deepest exit allowed, and tells where the frame ended. What
+happened is in the trace of every prediction.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -20,17 +23,15 @@ from numpy.typing import NDArray
 from edge_runtime.backends.base import Backend
 from edge_runtime.cascade import Cascade, Plan, Step
 from edge_runtime.confidence import Decision
-from edge_runtime.errors import BackendError, ConfigError, InputError
+from edge_runtime.errors import BackendError, ConfigError, CudaError, InputError
+from edge_runtime.frame import ExpectedTimes, Frame
 from edge_runtime.operating_point import OperatingPoint
-from edge_runtime.policy import Streak
+from edge_runtime.policy import Policy
 from edge_runtime.prediction import Ended, ExitRun, Prediction, StageRun, Trace
 from edge_runtime.timing import Clock
 
 #: Frames of noise that are run when a cascade is opened: the first allocates, the last is timed.
 _WARM_UP_FRAMES = 3
-
-#: The rows of a frame of one image.
-_ALONE: NDArray[np.intp] = np.zeros(1, np.intp)
 
 
 class Scheduler:
@@ -62,6 +63,7 @@ class Scheduler:
         self._clock = clock
         self._lock = threading.Lock()
         self._opened = False
+        self._flight: deque[Pending] = deque()
 
     def open(self) -> Scheduler:
         """Load the stages that the operating point can reach, and run a few frames of noise.
@@ -82,7 +84,7 @@ class Scheduler:
         self._opened = True
         try:
             self.backend.open(self.plan, axes, self.point.variants)
-            self._steps = [self._prepared(step) for step in self.plan.steps]
+            self._use(self.point, self._policy)
             self._warm_up()
         except BaseException:
             self.close()
@@ -93,7 +95,56 @@ class Scheduler:
         """Free the backend; the scheduler can be opened again."""
         with self._lock:
             self._opened = False
+            while self._flight:
+                self._flight.popleft().error = BackendError("the cascade was closed before")
             self.backend.close()
+
+    def switch(self, point: OperatingPoint) -> None:
+        """Go on at another operating point, from the next frame on, without loading anything.
+
+        Args:
+            point: Has the same exits and variants; thresholds, metric, temperatures and policy may
+                differ.
+
+        Raises:
+            ConfigError: It evaluates other exits, or runs other variants, than those loaded.
+        """
+        policy = point.policy_for(self.cascade)
+        plan = self.cascade.plan(policy.evaluated(len(self.cascade.exits)))
+        with self._lock:
+            self._check_open()
+            self._check_loaded(point, plan)
+            self._drain()
+            self._use(point, policy)
+
+    def _check_loaded(self, point: OperatingPoint, plan: Plan) -> None:
+        """Refuse a point for which other stages would have to be loaded."""
+        remedy = "Open the cascade anew with this operating point"
+        have, want = ([step.exit.name for step in p.steps] for p in (self.plan, plan))
+        if have != want:
+            raise ConfigError(
+                f"operating point {point.name!r} evaluates other exits than the cascade was "
+                "opened for",
+                got=", ".join(want),
+                expected=", ".join(have),
+                remedy=remedy,
+            )
+        for stage in plan.stages:
+            wanted = point.variants.get(stage.name)
+            loaded = self.backend.precision(stage.name)
+            if wanted not in (self.point.variants.get(stage.name), loaded):
+                raise ConfigError(
+                    f"operating point {point.name!r}: variant of stage {stage.name!r}",
+                    got=wanted or "its first",
+                    expected=loaded,
+                    remedy=remedy,
+                )
+
+    def _use(self, point: OperatingPoint, policy: Policy) -> None:
+        temperatures = [point.temperatures.get(name, 1.0) for name in self.exits]
+        self.backend.use(policy, point.metric, temperatures)
+        self.point, self._policy = point, policy
+        self._steps = [self._prepared(step) for step in self.plan.steps]
 
     def __enter__(self) -> Scheduler:
         """Open, unless it is open already."""
@@ -132,24 +183,114 @@ class Scheduler:
             InputError: The image has another shape or dtype, is empty, or has NaN.
             BackendError: A stage failed, or logits are not finite.
         """
-        single = isinstance(image, np.ndarray) and image.ndim == len(self.image.shape) - 1
+        single = self._is_single(image)
         predictions = self.classify(image[None] if single else image, deadline_s=deadline_s)
         return predictions[0] if single else predictions
+
+    def _is_single(self, image: NDArray[Any]) -> bool:
+        return isinstance(image, np.ndarray) and image.ndim == len(self.image.shape) - 1
 
     def classify(
         self, images: NDArray[Any], *, deadline_s: float | None = None
     ) -> list[Prediction]:
         """Classify a batch, shape (batch, ...); see `__call__`."""
-        if deadline_s is not None and not deadline_s > 0:
-            raise InputError("deadline_s", got=deadline_s, expected="seconds > 0")
         with self._lock:
             self._check_open()
-            start = self._clock()
-            self.image.check(images)
-            frame = _Frame(len(images), start)
+            self._drain()
+            frame = self._begin(images, deadline_s)
+            self._finish(frame)
+        return self._predictions(frame)
+
+    def submit(self, image: NDArray[Any], *, deadline_s: float | None = None) -> Pending:
+        """Begin a frame and return; `Pending.result` gives its answer.
+
+        A backend that takes frames ahead copies and preprocesses this one while the one before is
+        in flight; another has first to finish that one. Frames are finished in order.
+
+        Args:
+            image: As `__call__` takes it; copied at once.
+            deadline_s: Seconds from now, as in `__call__`.
+
+        Raises:
+            InputError: As `__call__`.
+            BackendError: The frame could not be begun.
+        """
+        single = self._is_single(image)
+        with self._lock:
+            self._check_open()
+            while len(self._flight) > (1 if self.backend.ahead else 0):
+                self._finish_oldest()
+            pending = Pending(self, self._begin(image[None] if single else image, deadline_s))
+            pending.single = single
+            self._flight.append(pending)
+        return pending
+
+    def each(self, images: Iterable[NDArray[Any]]) -> Iterator[Prediction | list[Prediction]]:
+        """Classify frames that are all at hand, each begun before the one before is finished.
+
+        Args:
+            images: Each as `__call__` takes it.
+
+        Yields:
+            What `__call__` returns, in order.
+        """
+        before: Pending | None = None
+        for image in images:
+            pending = self.submit(image)
+            if before is not None:
+                yield before.result()
+            before = pending
+        if before is not None:
+            yield before.result()
+
+    def _result(self, pending: Pending) -> Prediction | list[Prediction]:
+        with self._lock:
+            while pending in self._flight:
+                self._finish_oldest()
+        if pending.error is not None:
+            raise pending.error
+        predictions = self._predictions(pending.frame)
+        return predictions[0] if pending.single else predictions
+
+    def _drain(self) -> None:
+        while self._flight:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        """Finish a submitted frame; what goes wrong with it is told by its `result`."""
+        pending = self._flight.popleft()
+        try:
+            self._finish(pending.frame)
+        except (BackendError, InputError) as error:
+            pending.error = error
+
+    def _begin(self, images: NDArray[Any], deadline_s: float | None) -> Frame:
+        """Check a batch and hand it to the backend."""
+        if deadline_s is not None and not deadline_s > 0:
+            raise InputError("deadline_s", got=deadline_s, expected="seconds > 0")
+        start = self._clock()
+        frame = Frame(len(self.image.check(images)), start, deadline_s)
+        if self._flight:
+            self.backend.feed_ahead(images)
+        else:
             self.backend.feed(images)
-            self._advance(frame, deadline_s)
-        return [self._prediction(frame, sample, deadline_s) for sample in range(len(images))]
+        if self.backend.decides:
+            self.backend.launch(self._deepest(frame))
+        return frame
+
+    def _finish(self, frame: Frame) -> None:
+        """Bring the oldest frame of the backend to its end."""
+        try:
+            if self.backend.decides:
+                self._collect(frame)
+            else:
+                self._advance(frame, frame.deadline_s)
+        except CudaError:
+            raise  # The device may never be done with it: the next `feed` sees to that.
+        except BaseException:
+            self.backend.done()
+            raise
+        self.backend.done()
 
     def logits(self, images: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
         """Logits of every evaluated exit without leaving anywhere, for tables and checks.
@@ -162,12 +303,14 @@ class Scheduler:
         """
         with self._lock:
             self._check_open()
+            self._drain()
             self.backend.feed(self.image.check(images))
             found = {}
             for step in self._steps:
                 for stage in step.stages:
                     self.backend.run(stage)
                 found[step.exit] = self.backend.read(step.logits).astype(np.float32)
+            self.backend.done()
         return found
 
     def _prepared(self, step: Step) -> _Step:
@@ -187,7 +330,7 @@ class Scheduler:
             live=step.live,
         )
 
-    def _advance(self, frame: _Frame, deadline_s: float | None) -> None:
+    def _advance(self, frame: Frame, deadline_s: float | None) -> None:
         """Run step after step until every sample of the frame has left."""
         last = len(self._steps) - 1
         for index, step in enumerate(self._steps):
@@ -200,7 +343,7 @@ class Scheduler:
                 frame.answer(index - 1, "deadline", run.marks[-1])
                 return
             run.decision = self._decide(step)
-            now = self._clock()
+            run.decided = now = self._clock()
             if deadline_s is not None:
                 self._expected.observe(index, len(frame.rows), now - run.marks[0])
             if index == last:
@@ -217,13 +360,44 @@ class Scheduler:
                     return
                 self.backend.keep(staying, step.live)
 
-    def _too_late(self, index: int, frame: _Frame, deadline_s: float) -> bool:
+    def _collect(self, frame: Frame) -> None:
+        """Take over a frame that the backend has brought to its end."""
+        found = self.backend.collect()
+        now = self._clock()
+        begin, last = frame.start, len(found.decisions) - 1
+        for index, decision in enumerate(found.decisions):
+            run = frame.begin(begin)
+            run.decision = decision
+            run.decided = now - math.fsum(found.seconds[index:])
+            if frame.deadline_s is not None:
+                self._expected.observe(index, 1, run.decided - begin)
+            begin = run.decided
+        ended: Ended = "last" if last == len(self._steps) - 1 else "confident"
+        frame.answer(last, "deadline" if found.late else ended, now)
+
+    def _deepest(self, frame: Frame) -> int:
+        """Index of the last step that is expected to end before the deadline; the first at least.
+
+        The whole frame is given away at once, so this is decided before it runs.
+        """
+        last = len(self._steps) - 1
+        if frame.deadline_s is None:
+            return last
+        end = self._clock() - frame.start + self._expected.seconds(0, 1)
+        for index in range(1, last + 1):
+            end += self._expected.seconds(index, 1)
+            if end > frame.deadline_s:
+                self._expected.skip(index, 1)
+                return index - 1
+        return last
+
+    def _too_late(self, index: int, frame: Frame, deadline_s: float) -> bool:
         """Whether a step that begins now will probably end after the deadline."""
         spent = frame.runs[-1].marks[0] - frame.start
         return spent + self._expected.seconds(index, len(frame.rows)) > deadline_s
 
     def _run_stages(
-        self, step: _Step, frame: _Frame, marks: list[float], deadline_s: float | None
+        self, step: _Step, frame: Frame, marks: list[float], deadline_s: float | None
     ) -> bool:
         """Run the stages of a step; False when the deadline passes before one of them."""
         clock, run = self._clock, self.backend.run
@@ -241,7 +415,10 @@ class Scheduler:
             stage = step.stages[-1] if step.stages else error.stage
             raise BackendError(f"exit {step.exit!r}: {error}", stage=stage) from error
 
-    def _prediction(self, frame: _Frame, sample: int, deadline_s: float | None) -> Prediction:
+    def _predictions(self, frame: Frame) -> list[Prediction]:
+        return [self._prediction(frame, sample) for sample in range(len(frame.answers))]
+
+    def _prediction(self, frame: Frame, sample: int) -> Prediction:
         """What the frame found of one sample."""
         index, _, end = frame.answers[sample]
         label, _, confidence = frame.said(index, sample)
@@ -252,11 +429,11 @@ class Scheduler:
             confidence,
             self._steps[index].exit,
             latency_s,
-            deadline_s is not None and latency_s > deadline_s,
+            frame.deadline_s is not None and latency_s > frame.deadline_s,
             functools.partial(self._trace, frame, sample),
         )
 
-    def _trace(self, frame: _Frame, sample: int) -> Trace:
+    def _trace(self, frame: Frame, sample: int) -> Trace:
         """What was run on one sample."""
         index, ended, _ = frame.answers[sample]
         # A step behind the answering exit was begun for this sample only if the deadline passed
@@ -265,6 +442,10 @@ class Scheduler:
         stages: list[StageRun] = []
         for step, run in zip(self._steps[:steps], frame.runs, strict=False):
             marks = [mark - frame.start for mark in run.marks]
+            if self.backend.decides:
+                marks = [math.nan] * (len(step.stages) + 1)
+            elif self.backend.asynchronous:
+                marks = [math.nan] * len(marks)
             stages += [
                 StageRun(stage, precision, begin, end - begin, len(run.rows))
                 for stage, precision, begin, end in zip(
@@ -272,7 +453,7 @@ class Scheduler:
                 )
             ]
         exits = [
-            ExitRun(step.exit, *frame.said(at, sample))
+            ExitRun(step.exit, *frame.said(at, sample), frame.runs[at].decided - frame.start)
             for at, step in enumerate(self._steps[: index + 1])
         ]
         return Trace(self.backend.name, self.backend.mode, ended, tuple(stages), tuple(exits))
@@ -282,7 +463,7 @@ class Scheduler:
 
         Noise, because a constant image has no variance to divide by.
         """
-        self._expected = _ExpectedTimes(len(self.plan.steps))
+        self._expected = ExpectedTimes(len(self.plan.steps))
         noise = np.random.default_rng(0).random((1, *self.image.sample_shape())) * 255
         for _ in range(_WARM_UP_FRAMES):
             self.backend.feed(noise.astype(self.image.dtype))
@@ -292,12 +473,34 @@ class Scheduler:
                     self.backend.run(stage)
                 self._decide(step)
                 self._expected.warm(index, self._clock() - begin)
+            self.backend.done()
 
     def _check_open(self) -> None:
         if not self._opened:
             raise BackendError(
                 "the cascade is closed", remedy="Open it: with er.load(...) as cascade"
             )
+
+
+class Pending:
+    """A frame that was submitted."""
+
+    def __init__(self, scheduler: Scheduler, frame: Frame) -> None:
+        self._scheduler = scheduler
+        self.frame = frame
+        self.single = True
+        self.error: BackendError | InputError | None = None
+
+    def result(self) -> Prediction | list[Prediction]:
+        """Wait for the frame, and for those before it.
+
+        Returns:
+            What `Scheduler.__call__` returns for its image.
+
+        Raises:
+            BackendError: A stage failed, its logits are not finite, or the cascade was closed.
+        """
+        return self._scheduler._result(self)
 
 
 class _Step(NamedTuple):
@@ -310,92 +513,6 @@ class _Step(NamedTuple):
     stages: tuple[str, ...]
     precisions: tuple[str, ...]
     live: tuple[str, ...]
-
-
-class _StepRun:
-    """What one step did in one frame: on which samples, when each stage ended, what was decided."""
-
-    __slots__ = ("decision", "marks", "rows")
-
-    def __init__(self, rows: NDArray[np.intp], begin: float) -> None:
-        self.rows = rows
-        self.marks = [begin]
-        self.decision: Any = None
-
-
-class _Frame:
-    """The samples of one call, and what has been found about each."""
-
-    def __init__(self, batch: int, start: float) -> None:
-        self.start = start
-        self.alone = batch == 1
-        self.rows: NDArray[np.intp] = _ALONE if self.alone else np.arange(batch)
-        self.streak = Streak()
-        self.runs: list[_StepRun] = []
-        #: Per sample: index of the step that answered, why it stopped there, and when.
-        self.answers: list[tuple[int, Ended, float]] = [(0, "last", start)] * batch
-
-    def begin(self, now: float) -> _StepRun:
-        """Begin the next step on the samples in flight."""
-        run = _StepRun(self.rows, now)
-        self.runs.append(run)
-        return run
-
-    def said(self, index: int, sample: int) -> tuple[int, float, float]:
-        """Label, signal and confidence of a sample at the exit of step `index`."""
-        run = self.runs[index]
-        labels, signal, confidence = run.decision
-        if self.alone:
-            return int(labels), float(signal), float(confidence)
-        row = np.searchsorted(run.rows, sample)
-        return int(labels[row]), float(signal[row]), float(confidence[row])
-
-    def answer(self, index: int, ended: Ended, now: float) -> None:
-        """All samples in flight leave with what step `index` said."""
-        for sample in self.rows.tolist():
-            self.answers[sample] = (index, ended, now)
-
-    def leave(self, index: int, leaves: Any, now: float) -> NDArray[np.intp]:
-        """The marked samples leave at step `index`; returns the rows that stay."""
-        everyone, self.rows = self.rows, self.rows[leaves]
-        self.answer(index, "confident", now)
-        staying = np.flatnonzero(~leaves)
-        self.rows = everyone[staying]
-        self.streak.keep(staying)
-        return staying
-
-
-class _ExpectedTimes:
-    """How long each step will probably take: seen slow, believed at once; seen fast, slowly.
-
-    A step that is skipped because it is believed too slow would never be measured again, so every
-    skip moves the belief a little towards what was measured when the cascade was opened.
-    """
-
-    _DECAY = 0.1
-
-    def __init__(self, steps: int) -> None:
-        self._base = [0.0] * steps
-        self._seconds: dict[tuple[int, int], float] = {}
-
-    def warm(self, index: int, seconds: float) -> None:
-        """A frame of noise took this long; the last one counts."""
-        self._base[index] = self._seconds[index, 1] = seconds
-
-    def seconds(self, index: int, rows: int) -> float:
-        """Expected duration of step `index` on `rows` samples."""
-        return self._seconds.get((index, rows), self._base[index])
-
-    def observe(self, index: int, rows: int, seconds: float) -> None:
-        """A frame took this long."""
-        believed = self._seconds.get((index, rows), seconds)
-        faster = believed + self._DECAY * (seconds - believed)
-        self._seconds[index, rows] = max(seconds, faster)
-
-    def skip(self, index: int, rows: int) -> None:
-        """The step was left out because of `seconds`."""
-        believed = self.seconds(index, rows)
-        self._seconds[index, rows] = believed + self._DECAY * (self._base[index] - believed)
 
 
 def _image_axes(plan: Plan, image_size: tuple[int, int] | None) -> Mapping[str, int]:

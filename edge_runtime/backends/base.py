@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,25 @@ from edge_runtime import confidence
 from edge_runtime.cascade import Plan, Stage
 from edge_runtime.confidence import Decision, Metric
 from edge_runtime.errors import BackendError
+from edge_runtime.policy import Policy
 from edge_runtime.tensors import TensorSpec
 
 #: Bytes; also the width of the widest vector registers.
 _CACHE_LINE = 64
+
+
+class Collected(NamedTuple):
+    """A frame of one image that the backend brought to its end by itself.
+
+    Attributes:
+        decisions: What each evaluated exit said, in order; the last one answered.
+        late: Whether it answered because it was the deepest one allowed.
+        seconds: Time from each of these exits to the next one.
+    """
+
+    decisions: Sequence[Decision]
+    late: bool
+    seconds: Sequence[float]
 
 
 class Backend(ABC):
@@ -34,9 +49,18 @@ class Backend(ABC):
     """
 
     #: Name as users write it.
-    name: ClassVar[str]
+    name: str
     #: Execution mode as the trace shows it: who decides what runs next, and how it waits.
-    mode: ClassVar[str]
+    mode: str
+    #: Whether `run` returns before the stage has run, so that its time can't be told.
+    asynchronous: bool = False
+    #: Whether a frame may be fed ahead, while another is in flight.
+    ahead: bool = False
+
+    @property
+    def decides(self) -> bool:
+        """Whether it decides itself where a frame ends (`launch`, `collect`)."""
+        return False
 
     def open(self, plan: Plan, axes: Mapping[str, int], variants: Mapping[str, str]) -> None:
         """Load every stage of `plan`.
@@ -67,6 +91,43 @@ class Backend(ABC):
     @abstractmethod
     def feed(self, image: NDArray[Any]) -> None:
         """Begin a frame: copy in a checked batch of images, shape (batch, ...)."""
+
+    def use(  # noqa: B027 - nothing to do for most backends
+        self, policy: Policy, metric: Metric, temperatures: Sequence[float]
+    ) -> None:
+        """Take over an operating point, before the first frame or between two of them.
+
+        Args:
+            policy: Tells where samples leave; only a backend that decides needs it.
+            metric: The signal of all exits.
+            temperatures: Of each evaluated exit.
+
+        Raises:
+            ConfigError: It decides, and can't follow the policy.
+        """
+
+    def feed_ahead(self, image: NDArray[Any]) -> None:
+        """Bring in the next batch while frames are in flight; needs `ahead`."""
+        raise BackendError(f"the backend {self.name!r} takes one frame at a time")
+
+    def done(self) -> None:  # noqa: B027 - nothing to do for most backends
+        """The current frame is over; the one that was fed ahead becomes the current one."""
+
+    def launch(self, deepest: int) -> None:
+        """Start the frame that was fed last; needs `decides`.
+
+        Args:
+            deepest: Index of the evaluated exit that answers at the latest.
+        """
+        raise BackendError(f"the backend {self.name!r} does not decide by itself")
+
+    def collect(self) -> Collected:
+        """Wait for the oldest frame that was launched; needs `decides`.
+
+        Raises:
+            BackendError: The frame failed, or its logits are not finite.
+        """
+        raise BackendError(f"the backend {self.name!r} does not decide by itself")
 
     @abstractmethod
     def run(self, stage: str) -> None:

@@ -74,13 +74,16 @@ class FakeBackend(HostBackend):
                 self._view(spec.name)[...] = outputs[spec.name]
         else:
             for spec in known.outputs:
-                self._view(spec.name)[...] = _derived(stage, spec, inputs)
+                self._view(spec.name)[...] = derived(stage, spec, inputs)
         if self._clock is not None:
             self._clock.advance(self._seconds.get(stage, 0.0))
 
 
-def _derived(stage: str, spec: TensorSpec, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-    """Smooth waves over the output's elements, their phase set by each sample's mean input."""
+def derived(stage: str, spec: TensorSpec, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    """What a stage without a function computes.
+
+    Smooth waves over the output's elements, their phase set by each sample's mean input.
+    """
     phase = sum(
         value.reshape(len(value), -1).mean(axis=1, dtype=np.float64) for value in inputs.values()
     )

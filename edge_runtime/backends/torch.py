@@ -1,7 +1,8 @@
 """Stages as live torch modules: for a model that is not exported yet, and as a reference.
 
 Each stage is a module that takes its inputs in order and returns its output, or a tuple of them. On
-a CUDA device the modules run eagerly, and every exit is read back before it is decided.
+a CUDA device the modules run eagerly here, and every exit is read back before it is decided, as
+plain PyTorch would do it; `torch_cuda.TorchStages` captures them instead.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 #: The one precision of a live module, as traces name it.
-_PRECISION = "fp32"
+PRECISION = "fp32"
 
 
 class TorchBackend(Backend):
@@ -50,20 +51,9 @@ class TorchBackend(Backend):
         self._alone = False
 
     def _open(self, plan: Plan, axes: Mapping[str, int], variants: Mapping[str, str]) -> None:
-        self._torch = _import_torch(self._device)
+        self._torch = import_torch(self._device)
         for stage in plan.stages:
-            if stage.name not in self._modules:
-                raise ConfigError(
-                    f"stage {stage.name!r} has no module",
-                    remedy=nearest(stage.name, self._modules),
-                )
-            chosen = variants.get(stage.name, _PRECISION)
-            if chosen != _PRECISION:
-                raise ConfigError(
-                    f"stage {stage.name!r}: variant",
-                    got=repr(chosen),
-                    expected=f"{_PRECISION}: a live module has no other",
-                )
+            module = module_of(stage, self._modules, variants)
             for spec in (*stage.inputs, *stage.outputs):
                 spec.resolve(axes).sample_shape()
             self._stages[stage.name] = Stage(
@@ -72,17 +62,12 @@ class TorchBackend(Backend):
                 stage.inputs,
                 tuple(spec.resolve(axes) for spec in stage.outputs),
             )
-            module = self._modules[stage.name].to(self._device)
-            # Two stages may share a module, which the first of them has put into eval mode.
-            self._training = {p: p.training for p in module.modules()} | self._training
-            module.eval()
+            freeze(module, self._device, self._training)
         self._image = plan.image.name
 
     def close(self) -> None:
         """Forget the tensors; the modules get their mode back."""
-        for part, training in self._training.items():
-            part.training = training
-        self._training = {}
+        restore(self._training)
         self._stages = {}
         self._tensors = {}
 
@@ -102,42 +87,9 @@ class TorchBackend(Backend):
         if known is None:
             raise BackendError(f"stage {stage!r} was not opened", stage=stage)
         inputs = [self._tensors[spec.name] for spec in known.inputs]
-        single = known.inputs[0].shape[0] == 1
-        rows = [slice(i, i + 1) for i in range(len(inputs[0]))] if single else [slice(None)]
-        with self._torch.inference_mode():
-            runs = [self._call(known, [value[row] for value in inputs]) for row in rows]
-            outputs = [self._torch.cat(parts) for parts in zip(*runs, strict=True)]
+        outputs = run_module(self._torch, known, self._modules[stage], inputs)
         for spec, output in zip(known.outputs, outputs, strict=True):
             self._tensors[spec.name] = output
-
-    def _call(self, stage: Stage, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Call a module and check what it returns against the cascade."""
-        try:
-            result = self._modules[stage.name](*inputs)
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-            first = (str(error).strip().splitlines() or [""])[0]
-            raise BackendError(
-                f"stage {stage.name!r} failed: torch says: {type(error).__name__}: {first}",
-                stage=stage.name,
-            ) from error
-        outputs = list(result) if isinstance(result, tuple | list) else [result]
-        if len(outputs) != len(stage.outputs):
-            raise BackendError(
-                f"stage {stage.name!r}: its module returns",
-                stage=stage.name,
-                got=f"{len(outputs)} tensors",
-                expected=f"{len(stage.outputs)}: {', '.join(s.name for s in stage.outputs)}",
-            )
-        for spec, output in zip(stage.outputs, outputs, strict=True):
-            dtype = str(output.dtype).removeprefix("torch.")
-            if tuple(output.shape[1:]) != spec.shape[1:] or dtype != spec.dtype:
-                raise BackendError(
-                    f"stage {stage.name!r}: output {spec.name!r} of its module",
-                    stage=stage.name,
-                    got=f"{tuple(output.shape)} {dtype}",
-                    expected=str(spec),
-                )
-        return outputs
 
     def decide(self, logits: str, metric: Metric, temperature: float) -> Decision:
         """Judge the logits with numpy, on the host."""
@@ -155,10 +107,108 @@ class TorchBackend(Backend):
 
     def precision(self, stage: str) -> str:
         """Always "fp32", whatever the module computes in."""
-        return _PRECISION
+        return PRECISION
 
 
-def _import_torch(device: str) -> Any:
+def module_of(
+    stage: Stage, modules: Mapping[str, torch.nn.Module], variants: Mapping[str, str]
+) -> torch.nn.Module:
+    """The module of a stage.
+
+    Raises:
+        ConfigError: There is none, or another precision is asked for.
+    """
+    if stage.name not in modules:
+        raise ConfigError(
+            f"stage {stage.name!r} has no module", remedy=nearest(stage.name, modules)
+        )
+    chosen = variants.get(stage.name, PRECISION)
+    if chosen != PRECISION:
+        raise ConfigError(
+            f"stage {stage.name!r}: variant",
+            got=repr(chosen),
+            expected=f"{PRECISION}: a live module has no other",
+        )
+    return modules[stage.name]
+
+
+def freeze(module: torch.nn.Module, device: str, training: dict[torch.nn.Module, bool]) -> None:
+    """Move a module and put it into eval mode; its parts' modes are added to `training`."""
+    module.to(device)
+    for part in module.modules():
+        # Two stages may share a module, which the first of them has put into eval mode.
+        training.setdefault(part, part.training)
+    module.eval()
+
+
+def restore(training: dict[torch.nn.Module, bool]) -> None:
+    """Give modules back the modes that `freeze` noted, and forget them."""
+    while training:
+        part, mode = training.popitem()
+        part.training = mode
+
+
+def run_module(
+    torch_: Any, stage: Stage, module: torch.nn.Module, inputs: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Run a stage's module on a batch, one sample at a time where it takes one.
+
+    Args:
+        torch_: The torch module.
+        stage: Every axis but the batch known.
+        module: In eval mode.
+        inputs: In the stage's order, each shape (batch, ...).
+
+    Returns:
+        Its outputs in the stage's order.
+
+    Raises:
+        BackendError: The module raised, or returned other tensors than the stage promises.
+    """
+    single = stage.inputs[0].shape[0] == 1
+    rows = [slice(i, i + 1) for i in range(len(inputs[0]))] if single else [slice(None)]
+    with torch_.inference_mode():
+        runs = [_call(stage, module, [value[row] for value in inputs]) for row in rows]
+        return (
+            runs[0] if len(runs) == 1 else [torch_.cat(parts) for parts in zip(*runs, strict=True)]
+        )
+
+
+def _call(
+    stage: Stage, module: torch.nn.Module, inputs: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Call a module and check what it returns against the cascade."""
+    try:
+        result = module(*inputs)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise torch_error(error, f"stage {stage.name!r} failed", stage.name) from error
+    outputs = list(result) if isinstance(result, tuple | list) else [result]
+    if len(outputs) != len(stage.outputs):
+        raise BackendError(
+            f"stage {stage.name!r}: its module returns",
+            stage=stage.name,
+            got=f"{len(outputs)} tensors",
+            expected=f"{len(stage.outputs)}: {', '.join(s.name for s in stage.outputs)}",
+        )
+    for spec, output in zip(stage.outputs, outputs, strict=True):
+        dtype = str(output.dtype).removeprefix("torch.")
+        if tuple(output.shape[1:]) != spec.shape[1:] or dtype != spec.dtype:
+            raise BackendError(
+                f"stage {stage.name!r}: output {spec.name!r} of its module",
+                stage=stage.name,
+                got=f"{tuple(output.shape)} {dtype}",
+                expected=str(spec),
+            )
+    return outputs
+
+
+def torch_error(error: BaseException, what: str, stage: str | None = None) -> BackendError:
+    """What torch raised as one line; raise it from `error`."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return BackendError(f"{what}: torch says: {type(error).__name__}: {first}", stage=stage)
+
+
+def import_torch(device: str) -> Any:
     """The torch module, with the device checked.
 
     Raises:

@@ -187,7 +187,7 @@ def test_a_batch_is_its_images(rows) -> None:
         alone = [cascade(row) for row in images]
     for a, b in zip(together, alone, strict=True):
         assert (a.label, a.exit, a.confidence) == (b.label, b.exit, b.confidence)
-        assert a.trace.exits == b.trace.exits
+        assert [run[:4] for run in a.trace.exits] == [run[:4] for run in b.trace.exits]
         assert names(a) == names(b)
         assert a.trace.ended == b.trace.ended
 

@@ -64,6 +64,7 @@ def test_the_wheel_holds_exactly_the_four_packages(wheel):
     extra = {name for name in names if name.partition("/")[0].endswith(".dist-info")}
     assert sorted(names - extra) == repository_files(*PACKAGES)
     assert {f"{package}/py.typed" for package in PACKAGES} <= names
+    assert "edge_runtime/backends/cuda/decide.cu" in names
     assert {name.rpartition("/")[2] for name in extra} == {
         "LICENSE",
         "METADATA",
@@ -76,7 +77,7 @@ def test_the_wheel_holds_exactly_the_four_packages(wheel):
 
 def test_only_code_is_in_the_packages():
     suffixes = {Path(name).suffix for name in repository_files(*PACKAGES)}
-    assert suffixes <= {".py", ".typed"}
+    assert suffixes <= {".py", ".typed", ".cu"}
 
 
 def test_the_metadata(metadata):

@@ -1,0 +1,571 @@
+"""Runs a cascade's stages on an NVIDIA GPU, in the best execution mode that works there.
+
+In the modes "polling", "sync" and "run_all" the scheduler drives the backend stage by stage and
+decides itself where a frame ends. In the mode "graph" the whole frame is one CUDA graph: the device
+decides, and the host launches once and waits once. All modes judge exits with the same kernel, so
+they give the same results.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime import confidence
+from edge_runtime.backends.base import Backend, Collected
+from edge_runtime.backends.cuda import decide, probe
+from edge_runtime.backends.cuda.base import Body, Condition, Cuda, ExecutableGraph, MappedMemory
+from edge_runtime.backends.cuda.decide import Verdict
+from edge_runtime.backends.cuda.graphs import FramePlan, ahead_graph, frame_graph
+from edge_runtime.backends.cuda.judge import Call, Judge
+from edge_runtime.backends.cuda.slots import Slot
+from edge_runtime.backends.cuda.stages import DeviceStages, Work
+from edge_runtime.cascade import Plan, Stage
+from edge_runtime.confidence import Decision, Metric
+from edge_runtime.errors import BackendError, BackendUnavailable, ConfigError, CudaError, InputError
+from edge_runtime.policy import Never, Policy
+from edge_runtime.tensors import TensorSpec
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+Mode = Literal["best", "graph", "polling", "sync", "run_all"]
+Package = Literal["any", "cuda-core", "pycuda"]
+
+#: Polls of mapped memory between two questions to the driver whether the stream is still alive.
+#: A poll costs some 0.3 us in Python, a question about 2 us.
+_ASK_EVERY = 64
+_LAST_SEQUENCE = 2**32 - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CudaOptions:
+    """How a cascade runs on the GPU.
+
+    Attributes:
+        mode: An execution mode, or the best of graph, polling and sync that works here.
+        batch: Largest number of images per call; every run computes as many. The mode graph takes
+            one.
+        overlap: Whether the next frame is copied to the device and preprocessed while one is in
+            flight; see `Scheduler.submit`.
+        nested: Whether the branches of the mode graph stand inside each other.
+        package: What reaches the CUDA driver.
+        device: Index of the GPU.
+        timeout_s: How long the device may take for a frame before it counts as hung.
+    """
+
+    mode: Mode = "best"
+    batch: int = 1
+    overlap: bool = False
+    nested: bool = False
+    package: Package = "any"
+    device: int = 0
+    timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Refuse what no device could do."""
+        if self.batch < 1:
+            raise ConfigError("batch", got=self.batch, expected=">= 1")
+        if self.mode not in ("best", *probe.MODES):
+            raise ConfigError(
+                "mode", got=repr(self.mode), expected=f"best, {', '.join(probe.MODES)}"
+            )
+
+
+@dataclass
+class _Frame:
+    """A frame in flight: its memory, and how far it has come."""
+
+    slot: Slot
+    brought: bool = False
+    joined: bool = False
+    #: Work was queued that nobody has waited for.
+    busy: bool = False
+    judged: set[int] = field(default_factory=set)
+    rows: NDArray[np.intp] | None = None
+
+
+class CudaBackend(Backend):
+    """Runs stages on an NVIDIA GPU.
+
+    Args:
+        stages: What brings the stages' work: torch modules, TensorRT engines.
+        options: How it is run.
+        cuda: What reaches the driver, where it is not to be opened by its name.
+    """
+
+    def __init__(
+        self,
+        stages: DeviceStages,
+        options: CudaOptions | None = None,
+        *,
+        cuda: Cuda | None = None,
+    ) -> None:
+        self.name = stages.name
+        self.asynchronous = True
+        self.options = options or CudaOptions()
+        self.mode = self.options.mode
+        self.ahead = self.options.overlap
+        #: Why better modes than the one that runs are not available, by their name.
+        self.passed_over: dict[str, str] = {}
+        #: How often the host has waited for the device.
+        self.waits = 0
+        self._given = cuda
+        self._stages = stages
+        self._stack = ExitStack()
+        self._opened = self._hung = False
+        self._flight: deque[_Frame] = deque()
+
+    @property
+    def decides(self) -> bool:
+        """Whether the device decides where a frame ends."""
+        return self.mode == "graph"
+
+    def _open(self, plan: Plan, axes: Mapping[str, int], variants: Mapping[str, str]) -> None:
+        keep = self._stack.enter_context
+        self.cuda = cuda = self._given or open_cuda(self.options.package, self.options.device)
+        self._stack.callback(cuda.close)
+        cuda.open()
+        self._thread = threading.get_ident()
+        self._choose_mode()
+        self._prepare(plan, axes)
+        batch = self.options.batch
+        self._main = keep(cuda.stream())
+        self._side = keep(cuda.stream()) if self.ahead else self._main
+        exits = [self._specs[step.exit.logits] for step in plan.steps]
+        self._slots = [
+            Slot(number, cuda, self._image, batch, len(exits), keep)
+            for number in range(2 if self.ahead else 1)
+        ]
+        self._judge = Judge(cuda, exits, batch=batch, conditionals=self.decides, keep=keep)
+        self._records = keep(cuda.memory(len(exits) * batch * decide.RECORD_BYTES))
+        self._stack.callback(self._stages.close)
+        self._work = self._planned_work(plan, variants)
+        self._stages.open(cuda, self._work, self._main)
+        self._stack.callback(self._wait_for_all)
+        self._calls = [[self._call(k, slot) for k in range(len(exits))] for slot in self._slots]
+        self._staging: MappedMemory | None = None
+        self._sequence = self._turn = 0
+        self._rules: list[tuple[str, float] | None] = [None] * len(exits)
+        self._opened = True
+        if self.decides:
+            self._build_graphs(plan, keep)
+
+    def _choose_mode(self) -> None:
+        reasons = probe.why_not(self.cuda, self.options.batch)
+        if self.options.mode == "best":
+            self.mode = next(mode for mode, reason in reasons.items() if not reason)
+            self.passed_over = {mode: why for mode, why in reasons.items() if why}
+            logger.info("execution mode %s; not available: %s", self.mode, self.passed_over)
+            return
+        self.mode = self.options.mode
+        if reasons[self.mode]:
+            remain = ", ".join(mode for mode, reason in reasons.items() if not reason)
+            raise BackendUnavailable(
+                f"the mode {self.mode!r} is not available here: {reasons[self.mode]}",
+                remedy=f"Modes that are: {remain}",
+            )
+
+    def _prepare(self, plan: Plan, axes: Mapping[str, int]) -> None:
+        """Take over the plan's stages and tensors with all axes but the batch known."""
+        self._image = plan.image.resolve(axes)
+        self._specs: dict[str, TensorSpec] = {self._image.name: self._image}
+        self._loaded: dict[str, Stage] = {}
+        for stage in plan.stages:
+            inputs = tuple(spec.resolve(axes) for spec in stage.inputs)
+            outputs = tuple(spec.resolve(axes) for spec in stage.outputs)
+            self._loaded[stage.name] = Stage(stage.name, stage.kind, inputs, outputs)
+            self._specs |= {spec.name: spec for spec in outputs}
+        for spec in self._specs.values():
+            spec.sample_shape()
+        self._positions = [step.position for step in plan.steps]
+        self._index = {step.exit.logits: k for k, step in enumerate(plan.steps)}
+
+    def _planned_work(self, plan: Plan, variants: Mapping[str, str]) -> Work:
+        known = {self._image.name}
+        ahead = []
+        for stage in plan.steps[0].stages if self.ahead else ():
+            if stage.kind == "preprocess" and {spec.name for spec in stage.inputs} <= known:
+                ahead.append(stage.name)
+                known |= {spec.name for spec in stage.outputs}
+        return Work(
+            stages=tuple(self._loaded.values()),
+            variants=variants,
+            batch=self.options.batch,
+            image=self._image,
+            images=tuple(slot.image for slot in self._slots),
+            ahead=frozenset(ahead),
+        )
+
+    def _call(self, k: int, slot: Slot) -> Call:
+        """How exit `k` is judged where the host decides."""
+        return self._judge.call(
+            k,
+            slot,
+            self._logits(k, slot),
+            record=None if self.mode == "polling" else self._record(k),
+        )
+
+    def _logits(self, k: int, slot: Slot) -> int:
+        name = next(logits for logits, index in self._index.items() if index == k)
+        return self._stages.address(name, slot.number)
+
+    def _record(self, k: int) -> int:
+        """Device address of the verdict on exit `k`, for modes that copy it to the host."""
+        address: int = self._records.address + k * self._stride
+        return address
+
+    @property
+    def _stride(self) -> int:
+        return self.options.batch * decide.RECORD_BYTES
+
+    def _build_graphs(self, plan: Plan, keep: Callable[[Any], Any]) -> None:
+        self._frame_graphs: list[ExecutableGraph] = []
+        self._ahead_graphs: list[ExecutableGraph] = []
+        for slot in self._slots:
+            steps = [
+                [
+                    self._captured(stage.name, slot)
+                    for stage in step.stages
+                    if stage.name not in self._work.ahead
+                ]
+                for step in plan.steps
+            ]
+
+            def judge(body: Body, k: int, condition: Condition | None, slot: Slot = slot) -> None:
+                logits = self._logits(k, slot)
+                call = self._judge.call(k, slot, logits, on_device=True, condition=condition)
+                body.launch(*call)
+
+            if self.ahead:
+                ahead = [
+                    self._captured(stage.name, slot)
+                    for stage in self._work.stages
+                    if stage.name in self._work.ahead
+                ]
+                self._ahead_graphs.append(keep(ahead_graph(self.cuda, slot.bring, ahead)))
+                self._ahead_graphs[-1].upload(self._side)
+            bring = _nothing if self.ahead else slot.bring
+            frame_plan = FramePlan(bring, steps, judge, nested=self.options.nested)
+            self._frame_graphs.append(keep(frame_graph(self.cuda, frame_plan)))
+            self._frame_graphs[-1].upload(self._main)
+
+    def _captured(self, stage: str, slot: Slot) -> int:
+        try:
+            return self._stages.captured(stage, slot.number)
+        except CudaError as error:
+            raise CudaError(f"stage {stage!r} can't be captured: {error}", stage=stage) from error
+
+    def close(self) -> None:
+        """Free everything on the device."""
+        self._opened = False
+        self._flight.clear()
+        stack, self._stack = self._stack, ExitStack()
+        try:
+            stack.close()
+        except CudaError as error:
+            # Whoever closes after a failure has seen that already, and all was tried.
+            logger.debug("closing the GPU's resources: %s", error)
+
+    def _wait_for_all(self) -> None:
+        if self._hung:
+            raise CudaError("the device has not answered before", remedy="Start the process anew")
+        self._side.synchronize()
+        self._main.synchronize()
+
+    def use(self, policy: Policy, metric: Metric, temperatures: Sequence[float]) -> None:
+        """Write the rules of an operating point to the device; no graph is built anew."""
+        known = policy if self.decides else Never()
+        self._judge.write(decide.rules(known, metric, temperatures, self._positions), self._main)
+        self._rules = [(metric, temperature) for temperature in temperatures]
+
+    def feed(self, image: NDArray[Any]) -> None:
+        """Begin a frame; one that was not brought to its end is waited for."""
+        if not self._opened:
+            raise BackendError(f"the backend {self.name!r} is not open")
+        if threading.get_ident() != self._thread:
+            self.cuda.make_current()
+            self._thread = threading.get_ident()
+        if self._flight:
+            self._flight.clear()
+            self._wait_for_all()
+        self._admit(image)
+
+    def feed_ahead(self, image: NDArray[Any]) -> None:
+        """Bring a frame to the device while another is in flight."""
+        if not self.ahead or len(self._flight) >= len(self._slots):
+            raise BackendError(
+                "no frame can be fed ahead now",
+                got=f"{len(self._flight)} in flight",
+                expected=f"fewer than {len(self._slots)}, and the option overlap",
+            )
+        self._admit(image)
+
+    def _admit(self, image: NDArray[Any]) -> None:
+        if len(image) > self.options.batch:
+            raise InputError(
+                "images per call",
+                got=len(image),
+                expected=f"at most {self.options.batch}, which the cascade was opened for",
+                remedy="Open it with a larger batch",
+            )
+        slot = self._slots[self._turn]
+        self._turn = (self._turn + 1) % len(self._slots)
+        self._sequence = self._sequence % _LAST_SEQUENCE + 1
+        slot.write(image, self._sequence)
+        frame = _Frame(slot)
+        self._flight.append(frame)
+        if not self.decides:
+            self._bring(frame)
+        if self.mode == "run_all":
+            self._run_all(frame)
+
+    def _bring(self, frame: _Frame) -> None:
+        """Put the image's way to the device on the stream for it."""
+        frame.brought = frame.busy = True
+        if self.ahead:
+            self._side.wait(frame.slot.done)
+        frame.slot.bring(self._side)
+        for stage in self._work.stages:
+            if stage.name in self._work.ahead:
+                self._stages.enqueue(stage.name, frame.slot.number, self._side)
+        if self.ahead:
+            self._side.record(frame.slot.arrived)
+
+    def _current(self) -> _Frame:
+        """The frame that is driven by the host, its image under way."""
+        if not self._flight:
+            raise BackendError(f"the backend {self.name!r} has no frame: feed one first")
+        self._join(self._flight[0])
+        return self._flight[0]
+
+    def _join(self, frame: _Frame) -> None:
+        """Let the main stream wait for the frame's image."""
+        if not frame.brought:
+            self._bring(frame)
+        if self.ahead and not frame.joined:
+            self._main.wait(frame.slot.arrived)
+        frame.joined = True
+
+    def run(self, stage: str) -> None:
+        """Put one stage on the stream; it is not waited for."""
+        if stage not in self._loaded or not self._opened:
+            raise BackendError(f"stage {stage!r} was not opened", stage=stage)
+        frame = self._current()
+        if stage not in self._work.ahead and self.mode != "run_all":
+            self._enqueue(stage, frame)
+
+    def _enqueue(self, stage: str, frame: _Frame) -> None:
+        frame.busy = True
+        try:
+            self._stages.enqueue(stage, frame.slot.number, self._main)
+        except CudaError as error:
+            raise CudaError(f"stage {stage!r}: {error}", stage=stage) from error
+
+    def _run_all(self, frame: _Frame) -> None:
+        self._join(frame)
+        for stage in self._work.stages:
+            if stage.name not in self._work.ahead:
+                self._enqueue(stage.name, frame)
+        for call in self._calls[frame.slot.number]:
+            self._main.launch(*call)
+        self._main.copy(frame.slot.record[0], self._record(0), len(self._rules) * self._stride)
+
+    def decide(self, logits: str, metric: Metric, temperature: float) -> Decision:
+        """Judge an exit on the device, and wait for the verdict."""
+        frame, k = self._current(), self._index[logits]
+        changed = self._rules[k] != (metric, temperature)
+        if changed:
+            self._change_rule(k, metric, temperature)
+        if self.mode == "run_all" and not changed:
+            if frame.busy:
+                self._wait(frame)
+            return self._decision(frame, k, self._read(frame.slot, k))
+        return self._decision(frame, k, self._judge_now(frame, k))
+
+    def _wait(self, frame: _Frame) -> None:
+        """Wait for all work on the stream."""
+        self.waits += 1
+        self._main.synchronize()
+        frame.busy = False
+
+    def _judge_now(self, frame: _Frame, k: int) -> Verdict:
+        slot = frame.slot
+        if self.mode == "polling":
+            if k in frame.judged:
+                slot.forget(k)
+            frame.judged.add(k)
+            self._main.launch(*self._calls[slot.number][k])
+            verdict = self._spin(lambda: slot.records.read(k, slot.samples, slot.sequence))
+            frame.busy = False
+            return verdict
+        self._main.launch(*self._calls[slot.number][k])
+        self._main.copy(slot.record[k], self._record(k), self._stride)
+        self._wait(frame)
+        return self._read(frame.slot, k)
+
+    @staticmethod
+    def _read(slot: Slot, k: int) -> Verdict:
+        """A verdict that the device has written before what was waited for."""
+        for _ in range(_ASK_EVERY):
+            verdict = slot.records.read(k, slot.samples, slot.sequence)
+            # Loads may pass each other on ARM: then the next look sees it.
+            if verdict is not None:
+                return verdict
+        raise CudaError(f"the device finished a frame without a verdict at exit {k}")
+
+    @staticmethod
+    def _decision(frame: _Frame, k: int, verdict: Verdict) -> Decision:
+        """The verdict on the samples that have not left."""
+        decision, status = verdict.decision, verdict.status
+        if isinstance(status, int):  # of one image
+            if status == decide.NOT_FINITE:
+                raise confidence.not_finite(0)
+            return decision
+        rows = slice(None) if frame.rows is None else frame.rows
+        labels, signal, sure = map(np.asarray, decision)
+        decision, status = Decision(labels[rows], signal[rows], sure[rows]), status[rows]
+        bad = np.flatnonzero(status == decide.NOT_FINITE)
+        if bad.size:
+            raise confidence.not_finite(int(bad[0]))
+        return decision
+
+    def _change_rule(self, k: int, metric: Metric, temperature: float) -> None:
+        rules = self._judge.rules.copy()
+        rules[k] = decide.rules(Never(), metric, [temperature], [k])[0]
+        self._judge.write(rules, self._main)
+        self._rules[k] = (metric, temperature)
+
+    def _spin(self, ready: Callable[[], T | None]) -> T:
+        """Poll until something has arrived, and ask the driver now and then whether it can."""
+        self.waits += 1
+        polls, begin = 0, 0.0
+        while True:
+            found = ready()
+            if found is not None:
+                return found
+            polls += 1
+            if polls % _ASK_EVERY == 0:
+                begin = begin or time.monotonic()
+                # Other threads, a camera's for one, get their turn.
+                time.sleep(0)
+                found = self._still_possible(ready, begin)
+                if found is not None:
+                    return found
+
+    def _still_possible(self, ready: Callable[[], T | None], begin: float) -> T | None:
+        if self._main.is_done():
+            found = ready()
+            if found is None:
+                raise CudaError("the device finished a frame without a verdict on it")
+            return found
+        if time.monotonic() - begin > self.options.timeout_s:
+            self._hung = True
+            raise CudaError(
+                f"the device gave no answer within {self.options.timeout_s:g} s",
+                remedy="It hangs, or other programs keep it busy: nvidia-smi shows them",
+            )
+        return None
+
+    def launch(self, deepest: int) -> None:
+        """Start the frame that was fed last; the device decides where it ends.
+
+        Args:
+            deepest: Index of the evaluated exit that answers at the latest.
+        """
+        frame = self._flight[-1]
+        slot = frame.slot
+        slot.limit(deepest)
+        frame.brought = frame.joined = frame.busy = True
+        if self.ahead:
+            self._side.wait(slot.done)
+            self._ahead_graphs[slot.number].launch(self._side)
+            self._side.record(slot.arrived)
+            self._main.wait(slot.arrived)
+        self._frame_graphs[slot.number].launch(self._main)
+        if self.ahead:
+            self._main.record(slot.done)
+
+    def collect(self) -> Collected:
+        """Wait for the answer to the oldest frame in flight."""
+        frame = self._flight[0]
+        slot = frame.slot
+        exit_ = self._spin(lambda: slot.records.answer(slot.sequence))
+        frame.busy = False
+        verdicts = [self._read(slot, k) for k in range(exit_ + 1)]
+        if verdicts[exit_].status == decide.NOT_FINITE:
+            raise confidence.not_finite(0)
+        times = [int(verdict.time_ns) for verdict in verdicts]
+        return Collected(
+            decisions=[verdict.decision for verdict in verdicts],
+            late=verdicts[exit_].status == decide.DEADLINE,
+            seconds=[(b - a) % 2**32 * 1e-9 for a, b in itertools.pairwise(times)],
+        )
+
+    def done(self) -> None:
+        """The current frame is over."""
+        frame = self._flight.popleft()
+        if frame.busy:
+            # It ended between two exits: the next image must not overwrite what stages still read.
+            self._wait(frame)
+        if self.ahead and not self.decides:
+            self._main.record(frame.slot.done)
+
+    def keep(self, rows: NDArray[np.intp], tensors: Sequence[str]) -> None:
+        """Leave the samples that left out of what is said; they are computed all the same."""
+        frame = self._current()
+        frame.rows = rows if frame.rows is None else frame.rows[rows]
+
+    def read(self, tensor: str) -> NDArray[Any]:
+        """A copy of a tensor, on the host."""
+        frame, spec = self._current(), self._specs[tensor]
+        nbytes = self._work.nbytes(spec)
+        if self._staging is None or self._staging.nbytes < nbytes:
+            largest = max(map(self._work.nbytes, self._specs.values()))
+            self._staging = self._stack.enter_context(self.cuda.mapped_memory(largest))
+        source = frame.slot.image
+        if tensor != self._image.name:
+            source = self._stages.address(tensor, frame.slot.number)
+        self._main.copy(self._staging.address, source, nbytes)
+        self._wait(frame)
+        batch = (self.options.batch, *spec.sample_shape())
+        values = self._staging.host[:nbytes].view(spec.dtype).reshape(batch)[: frame.slot.samples]
+        return np.array(values if frame.rows is None else values[frame.rows])
+
+    def precision(self, stage: str) -> str:
+        """The variant that was loaded."""
+        return self._stages.precision(stage)
+
+
+def open_cuda(package: Package, device: int) -> Cuda:
+    """What reaches the driver, not opened: cuda-core where it is installed, else pycuda.
+
+    Raises:
+        BackendUnavailable: The package is not installed.
+    """
+    import importlib.util
+
+    from edge_runtime.backends.cuda.core import CudaCore
+    from edge_runtime.backends.cuda.pycuda import PyCuda
+
+    if package == "pycuda":
+        return PyCuda(device)
+    core = importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.core")
+    if package == "any" and not core and importlib.util.find_spec("pycuda"):
+        return PyCuda(device)
+    return CudaCore(device)
+
+
+def _nothing(body: Body) -> None:
+    """The image is brought elsewhere."""

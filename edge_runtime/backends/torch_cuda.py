@@ -1,0 +1,176 @@
+"""Live torch modules on a GPU, each captured once as a CUDA graph.
+
+What `backends.torch` runs eagerly runs here through the execution modes of `backends.cuda`, as
+TensorRT engines do. torch's allocator gives each capture its memory from a pool; stages that run
+one after another share one, since none of them reads what another one keeps for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_runtime.backends.cuda.base import Cuda, ExecutableGraph, Stream
+from edge_runtime.backends.cuda.stages import DeviceStages, Work
+from edge_runtime.backends.torch import (
+    PRECISION,
+    freeze,
+    import_torch,
+    module_of,
+    restore,
+    run_module,
+    torch_error,
+)
+from edge_runtime.cascade import Stage
+from edge_runtime.errors import BackendError, BackendUnavailable
+from edge_runtime.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+#: Eager runs before a capture: libraries choose their algorithms and allocate workspaces in them.
+_WARM_UPS = 3
+
+
+class TorchStages(DeviceStages):
+    """Runs the stages of a cascade as captured torch modules.
+
+    Modules are run in eval mode, without gradients. They are not copied, and the captures refer to
+    the memory of their parameters: train them further only after `close`.
+
+    Args:
+        modules: Stage name -> module; moved to the device by `open`.
+        device: Index of the GPU.
+    """
+
+    name = "torch"
+
+    def __init__(self, modules: Mapping[str, torch.nn.Module], *, device: int = 0) -> None:
+        self._modules = dict(modules)
+        self._device = f"cuda:{device}"
+        self._training: dict[torch.nn.Module, bool] = {}
+        self._tensors: dict[tuple[str, int], torch.Tensor] = {}
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._executables: dict[tuple[str, int], ExecutableGraph] = {}
+        self._stack = ExitStack()
+
+    def open(self, cuda: Cuda, work: Work, stream: Stream) -> None:
+        """Move, warm up and capture every stage."""
+        self._torch = torch_ = import_torch(self._device)
+        if not hasattr(torch_.cuda.CUDAGraph, "raw_cuda_graph"):
+            raise BackendUnavailable(
+                "torch",
+                got=torch_.__version__,
+                expected="2.8 or later, whose graphs can be embedded",
+            )
+        self._work = work
+        self._by_name = {stage.name: stage for stage in work.stages}
+        for slot, address in enumerate(work.images):
+            self._tensors[work.image.name, slot] = self._view(address, work)
+        self._outer = torch_.cuda.ExternalStream(stream.handle, device=self._device)
+        # Stages that run beside the others need memory of their own.
+        pools = {ahead: torch_.cuda.graph_pool_handle() for ahead in (False, True)}
+        for stage in work.stages:
+            freeze(module_of(stage, self._modules, work.variants), self._device, self._training)
+        for stage in work.stages:
+            for slot in work.slots_of(stage):
+                self._capture(stage, slot, pools[stage.name in work.ahead])
+                if not cuda.why_no_graphs():
+                    self._executables[stage.name, slot] = self._embedded(cuda, stage.name, slot)
+
+    def close(self) -> None:
+        """Free the captures; the modules get their mode back."""
+        self._executables = {}
+        self._stack.close()
+        for graph in self._graphs.values():
+            graph.reset()
+        self._graphs, self._tensors = {}, {}
+        restore(self._training)
+
+    def enqueue(self, stage: str, slot: int, stream: Stream) -> None:
+        """Launch the captured stage."""
+        key = self._key(stage, slot)
+        executable = self._executables.get(key)
+        if executable is not None:
+            executable.launch(stream)
+            return
+        outer = self._torch.cuda.ExternalStream(stream.handle, device=self._device)
+        with self._torch.cuda.stream(outer):
+            self._graphs[key].replay()
+
+    def captured(self, stage: str, slot: int) -> int:
+        """The capture's native graph."""
+        return int(self._graphs[self._key(stage, slot)].raw_cuda_graph())
+
+    def address(self, tensor: str, slot: int) -> int:
+        """Where the capture left the tensor."""
+        found = self._tensors[tensor, slot if tensor in self._work.slotted else 0]
+        return int(found.data_ptr())
+
+    def precision(self, stage: str) -> str:
+        """Always "fp32", whatever the module computes in."""
+        return PRECISION
+
+    def _key(self, stage: str, slot: int) -> tuple[str, int]:
+        return stage, slot if slot in self._work.slots_of(self._by_name[stage]) else 0
+
+    def _view(self, address: int, work: Work) -> torch.Tensor:
+        """The image at an address of ours as a tensor, without a copy."""
+        view = _DeviceArray(address, work.batch, work.image)
+        tensor: torch.Tensor = self._torch.as_tensor(view, device=self._device)
+        if tensor.data_ptr() != address:
+            raise BackendError("torch has copied the image's memory instead of sharing it")
+        return tensor
+
+    def _capture(self, stage: Stage, slot: int, pool: Any) -> None:
+        """Run a stage eagerly, then once more while its stream is captured."""
+        slotted = self._work.slotted
+        inputs = [
+            self._tensors[spec.name, slot if spec.name in slotted else 0] for spec in stage.inputs
+        ]
+        module, torch_ = self._modules[stage.name], self._torch
+        with torch_.cuda.stream(self._outer):
+            for _ in range(_WARM_UPS):
+                run_module(torch_, stage, module, inputs)
+        self._outer.synchronize()
+        graph = torch_.cuda.CUDAGraph(keep_graph=True)
+        try:
+            with torch_.cuda.graph(
+                graph, pool=pool, stream=self._outer, capture_error_mode="thread_local"
+            ):
+                outputs = run_module(torch_, stage, module, inputs)
+                outputs = [output.contiguous() for output in outputs]
+            graph.instantiate()
+        except RuntimeError as error:
+            raise torch_error(
+                error, f"stage {stage.name!r} can't be captured", stage.name
+            ) from error
+        self._graphs[stage.name, slot] = graph
+        for spec, output in zip(stage.outputs, outputs, strict=True):
+            # Holding the tensor keeps the pool from giving its memory to the next capture.
+            self._tensors[spec.name, slot if spec.name in slotted else 0] = output
+        with torch_.cuda.stream(self._outer):
+            graph.replay()
+        self._outer.synchronize()
+
+    def _embedded(self, cuda: Cuda, stage: str, slot: int) -> ExecutableGraph:
+        """The stage as a graph of ours, which is launched without going through torch."""
+        with cuda.graph() as graph:
+            graph.embed(self.captured(stage, slot))
+            executable: ExecutableGraph = self._stack.enter_context(graph.instantiate())
+        return executable
+
+
+class _DeviceArray:
+    """Device memory as the CUDA array interface describes it (version 3)."""
+
+    def __init__(self, address: int, batch: int, spec: TensorSpec) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (batch, *spec.sample_shape()),
+            "typestr": np.dtype(spec.dtype).str,
+            "data": (address, False),
+            "version": 3,
+        }
