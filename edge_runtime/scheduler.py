@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime import confidence
 from edge_runtime.backends.base import Backend
 from edge_runtime.cascade import Cascade, Plan, Step
 from edge_runtime.confidence import Decision
@@ -27,7 +28,7 @@ from edge_runtime.errors import BackendError, ConfigError, CudaError, InputError
 from edge_runtime.frame import ExpectedTimes, Frame
 from edge_runtime.operating_point import OperatingPoint
 from edge_runtime.policy import Policy
-from edge_runtime.prediction import Ended, ExitRun, Prediction, StageRun, Trace
+from edge_runtime.prediction import ExitRun, Prediction, StageRun, Trace
 from edge_runtime.timing import Clock
 
 #: Frames of noise that are run when a cascade is opened: the first allocates, the last is timed.
@@ -372,8 +373,9 @@ class Scheduler:
             if frame.deadline_s is not None:
                 self._expected.observe(index, 1, run.decided - begin)
             begin = run.decided
-        ended: Ended = "last" if last == len(self._steps) - 1 else "confident"
-        frame.answer(last, "deadline" if found.late else ended, now)
+        if found.ended == "not finite":
+            raise _at_exit(self._steps[last], confidence.not_finite(0))
+        frame.answer(last, found.ended, now)
 
     def _deepest(self, frame: Frame) -> int:
         """Index of the last step that is expected to end before the deadline; the first at least.
@@ -412,8 +414,7 @@ class Scheduler:
         try:
             return self.backend.decide(step.logits, self.point.metric, step.temperature)
         except BackendError as error:
-            stage = step.stages[-1] if step.stages else error.stage
-            raise BackendError(f"exit {step.exit!r}: {error}", stage=stage) from error
+            raise _at_exit(step, error) from error
 
     def _predictions(self, frame: Frame) -> list[Prediction]:
         return [self._prediction(frame, sample) for sample in range(len(frame.answers))]
@@ -513,6 +514,13 @@ class _Step(NamedTuple):
     stages: tuple[str, ...]
     precisions: tuple[str, ...]
     live: tuple[str, ...]
+
+
+def _at_exit(step: _Step, error: BackendError) -> BackendError:
+    """The same error, with the exit at which it came up."""
+    kind = CudaError if isinstance(error, CudaError) else BackendError
+    stage = step.stages[-1] if step.stages else error.stage
+    return kind(f"exit {step.exit!r}: {error}", stage=stage)
 
 
 def _image_axes(plan: Plan, image_size: tuple[int, int] | None) -> Mapping[str, int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from edge_runtime.cascade import Plan, Stage
 from edge_runtime.confidence import Decision, Metric
 from edge_runtime.errors import BackendError
 from edge_runtime.policy import Policy
+from edge_runtime.prediction import Ended
 from edge_runtime.tensors import TensorSpec
 
 #: Bytes; also the width of the widest vector registers.
@@ -32,12 +33,12 @@ class Collected(NamedTuple):
 
     Attributes:
         decisions: What each evaluated exit said, in order; the last one answered.
-        late: Whether it answered because it was the deepest one allowed.
+        ended: Why it ended at the last of these exits.
         seconds: Time from each of these exits to the next one.
     """
 
     decisions: Sequence[Decision]
-    late: bool
+    ended: Ended | Literal["not finite"]
     seconds: Sequence[float]
 
 
@@ -125,7 +126,7 @@ class Backend(ABC):
         """Wait for the oldest frame that was launched; needs `decides`.
 
         Raises:
-            BackendError: The frame failed, or its logits are not finite.
+            BackendError: The frame failed.
         """
         raise BackendError(f"the backend {self.name!r} does not decide by itself")
 

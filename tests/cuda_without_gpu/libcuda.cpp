@@ -1480,6 +1480,12 @@ EXPORT int cuFuncGetAttribute(int* value, int, void*) {
     return SUCCESS;
 }
 
+// pycuda says the shape before every launch, and again with it.
+EXPORT int cuFuncSetBlockShape(void*, int, int, int) {
+    BEGIN("cuFuncSetBlockShape")
+    return SUCCESS;
+}
+
 EXPORT int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                           unsigned block_x, unsigned block_y, unsigned block_z, unsigned,
                           void* stream, void** params, void** extra) {
@@ -1826,7 +1832,6 @@ STUB(cuDeviceCanAccessPeer)
 STUB(cuDeviceGetByPCIBusId)
 STUB(cuDeviceGetPCIBusId)
 STUB(cuFuncSetAttribute)
-STUB(cuFuncSetBlockShape)
 STUB(cuFuncSetCacheConfig)
 STUB(cuFuncSetSharedSize)
 STUB(cuIpcCloseMemHandle)

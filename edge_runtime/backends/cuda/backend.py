@@ -34,6 +34,7 @@ from edge_runtime.cascade import Plan, Stage
 from edge_runtime.confidence import Decision, Metric
 from edge_runtime.errors import BackendError, BackendUnavailable, ConfigError, CudaError, InputError
 from edge_runtime.policy import Never, Policy
+from edge_runtime.prediction import Ended
 from edge_runtime.tensors import TensorSpec
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,13 @@ Package = Literal["any", "cuda-core", "pycuda"]
 #: Polls of mapped memory between two questions to the driver whether the stream is still alive.
 #: A poll costs some 0.3 us in Python, a question about 2 us.
 _ASK_EVERY = 64
+#: Why a frame ended, by the status that the device wrote.
+_ENDED: dict[int, Ended | Literal["not finite"]] = {
+    decide.CONFIDENT: "confident",
+    decide.LAST: "last",
+    decide.DEADLINE: "deadline",
+    decide.NOT_FINITE: "not finite",
+}
 _LAST_SEQUENCE = 2**32 - 1
 
 
@@ -334,8 +342,6 @@ class CudaBackend(Backend):
     def _bring(self, frame: _Frame) -> None:
         """Put the image's way to the device on the stream for it."""
         frame.brought = frame.busy = True
-        if self.ahead:
-            self._side.wait(frame.slot.done)
         frame.slot.bring(self._side)
         for stage in self._work.stages:
             if stage.name in self._work.ahead:
@@ -489,13 +495,10 @@ class CudaBackend(Backend):
         slot.limit(deepest)
         frame.brought = frame.joined = frame.busy = True
         if self.ahead:
-            self._side.wait(slot.done)
             self._ahead_graphs[slot.number].launch(self._side)
             self._side.record(slot.arrived)
             self._main.wait(slot.arrived)
         self._frame_graphs[slot.number].launch(self._main)
-        if self.ahead:
-            self._main.record(slot.done)
 
     def collect(self) -> Collected:
         """Wait for the answer to the oldest frame in flight."""
@@ -504,12 +507,10 @@ class CudaBackend(Backend):
         exit_ = self._spin(lambda: slot.records.answer(slot.sequence))
         frame.busy = False
         verdicts = [self._read(slot, k) for k in range(exit_ + 1)]
-        if verdicts[exit_].status == decide.NOT_FINITE:
-            raise confidence.not_finite(0)
         times = [int(verdict.time_ns) for verdict in verdicts]
         return Collected(
             decisions=[verdict.decision for verdict in verdicts],
-            late=verdicts[exit_].status == decide.DEADLINE,
+            ended=_ENDED[int(verdicts[exit_].status)],
             seconds=[(b - a) % 2**32 * 1e-9 for a, b in itertools.pairwise(times)],
         )
 
@@ -517,10 +518,8 @@ class CudaBackend(Backend):
         """The current frame is over."""
         frame = self._flight.popleft()
         if frame.busy:
-            # It ended between two exits: the next image must not overwrite what stages still read.
+            # It ended between two exits: another image must not overwrite what stages still read.
             self._wait(frame)
-        if self.ahead and not self.decides:
-            self._main.record(frame.slot.done)
 
     def keep(self, rows: NDArray[np.intp], tensors: Sequence[str]) -> None:
         """Leave the samples that left out of what is said; they are computed all the same."""

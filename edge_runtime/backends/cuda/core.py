@@ -64,7 +64,9 @@ class CudaCore(Cuda):
         self.facts = native.facts(self._index, native.start())
         driver = native.driver
         with ExitStack() as undo:
-            context = native.call("opening the device", driver.cuDevicePrimaryCtxRetain, self._index)
+            context = native.call(
+                "opening the device", driver.cuDevicePrimaryCtxRetain, self._index
+            )
             undo.callback(driver.cuDevicePrimaryCtxRelease, self._index)
             self._device = native.enter(self._index, context)
             undo.pop_all()

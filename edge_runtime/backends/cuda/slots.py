@@ -23,7 +23,7 @@ Keep = Callable[[Any], Any]
 
 
 class Slot:
-    """One frame's memory.
+    """One frame's memory, used again only when the host has the frame's answer.
 
     Attributes:
         number: Its index among the slots.
@@ -31,7 +31,6 @@ class Slot:
         control: Device address of the control record.
         records: What the exits said, for the host.
         arrived: The image has been brought to the device and the stages run ahead are done.
-        done: The frame's work is done.
     """
 
     def __init__(
@@ -57,7 +56,6 @@ class Slot:
         self.records = decide.Records(outbox.host[_HEADER:], exits, batch, outbox.host[:8])
         self.record = [outbox.address + _HEADER + k * stride for k in range(exits)]
         self.arrived: base.Event = keep(cuda.event())
-        self.done: base.Event = keep(cuda.event())
 
     def write(self, images: NDArray[Any], sequence: int) -> None:
         """Take in a frame; the device must be done with the one before."""
