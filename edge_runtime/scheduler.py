@@ -466,8 +466,9 @@ class Scheduler:
         """
         self._expected = ExpectedTimes(len(self.plan.steps))
         noise = np.random.default_rng(0).random((1, *self.image.sample_shape())) * 255
+        image = noise.astype(self.image.dtype)
         for _ in range(_WARM_UP_FRAMES):
-            self.backend.feed(noise.astype(self.image.dtype))
+            self.backend.feed(image)
             for index, step in enumerate(self._steps):
                 begin = self._clock()
                 for stage in step.stages:
@@ -475,6 +476,8 @@ class Scheduler:
                 self._decide(step)
                 self._expected.warm(index, self._clock() - begin)
             self.backend.done()
+        if self.backend.decides:
+            self._finish(self._begin(image, None))
 
     def _check_open(self) -> None:
         if not self._opened:

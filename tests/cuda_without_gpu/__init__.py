@@ -6,6 +6,6 @@ what is alive, and can be told to refuse any call. What it shows is that our cal
 order and undone; of a GPU's speed, of races between streams and of a real driver it says nothing.
 """
 
-from tests.cuda_without_gpu.driver import SUPPORTED, Emulated, load
+from tests.cuda_without_gpu.driver import SUPPORTED, Emulated, NotEmulatedError, load
 
-__all__ = ["SUPPORTED", "Emulated", "load"]
+__all__ = ["SUPPORTED", "Emulated", "NotEmulatedError", "load"]

@@ -25,6 +25,8 @@ DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvhost-gpu", "/dev/nvgpu
 
 #: Codes of CUresult to order failures with.
 OUT_OF_MEMORY = 2
+NO_DEVICE = 100
+INVALID_IMAGE = 200
 NOT_READY = 600
 ILLEGAL_ADDRESS = 700
 UNKNOWN = 999

@@ -4,24 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edge_runtime import BackendError, Bundle, ConfigError, EdgeRuntimeError
 from edge_runtime.backends.base import Backend
+from edge_runtime.backends.cuda.backend import CudaBackend, CudaOptions
+from edge_runtime.backends.cuda.fake import FakeCuda
+from edge_runtime.backends.cuda.fake_stages import FakeStages
 from edge_runtime.backends.fake import FakeBackend
 from edge_runtime.backends.onnxrt import OnnxRuntimeBackend
 from edge_runtime.backends.torch import TorchBackend
+from edge_runtime.backends.torch_cuda import TorchStages
 from edge_runtime.cascade import Plan
 from tests.toys import toy_bundle, toy_cascade, toy_images, toy_modules
 
 AXES = {"height": 5, "width": 7}
+#: Ways to run a batch on a GPU; the mode "graph" takes one image at a time.
+CUDA: dict[str, CudaOptions] = {
+    "polling": CudaOptions(mode="polling", batch=8),
+    "polling, overlap": CudaOptions(mode="polling", batch=8, overlap=True),
+    "sync": CudaOptions(mode="sync", batch=8),
+    "run_all": CudaOptions(mode="run_all", batch=8),
+    "run_all, overlap": CudaOptions(mode="run_all", batch=8, overlap=True),
+}
+
+
+def on_the_fake_device(options: CudaOptions) -> Callable[[Bundle], Backend]:
+    return lambda bundle: CudaBackend(FakeStages(), options, cuda=FakeCuda())
+
+
+def with_torch_on_a_gpu(options: CudaOptions) -> Callable[[Bundle], Backend]:
+    return lambda bundle: CudaBackend(TorchStages(toy_modules()), options)
+
+
 BACKENDS: dict[str, Callable[[Bundle], Backend]] = {
     "fake": lambda bundle: FakeBackend(),
     "onnxrt": OnnxRuntimeBackend,
     "torch": lambda bundle: TorchBackend(toy_modules()),
+    "torch, eager on a GPU": lambda bundle: TorchBackend(toy_modules(), device="cuda"),
+    **{f"cuda fake, {name}": on_the_fake_device(options) for name, options in CUDA.items()},
+    **{f"cuda torch, {name}": with_torch_on_a_gpu(options) for name, options in CUDA.items()},
 }
+
+
+def parameters() -> list[Any]:
+    """All backends, those with torch and those on a GPU marked so."""
+    marks = {
+        name: [
+            *([pytest.mark.torch] if "torch" in name else []),
+            *([pytest.mark.gpu] if "GPU" in name or "cuda torch" in name else []),
+        ]
+        for name in BACKENDS
+    }
+    return [pytest.param(name, marks=marks[name]) for name in BACKENDS]
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +72,9 @@ def plan() -> Plan:
     return toy_cascade().plan([0, 1, 2])
 
 
-@pytest.fixture(
-    params=["fake", "onnxrt", pytest.param("torch", marks=pytest.mark.torch)],
-)
+@pytest.fixture(params=parameters())
 def closed(request: pytest.FixtureRequest, bundle: Bundle) -> Backend:
-    if request.param == "torch":
+    if "torch" in request.param:
         pytest.importorskip("torch")
     return BACKENDS[request.param](bundle)
 
@@ -317,5 +353,10 @@ class TestTorch:
             backend.open(plan, AXES, {})
             found.append(run_all(backend, plan, toy_images(5)))
             backend.close()
+        captured = CudaBackend(TorchStages(modules), CudaOptions(batch=8, mode="sync"))
+        captured.open(plan, AXES, {})
+        found.append(run_all(captured, plan, toy_images(5)))
+        captured.close()
         for name, value in found[0].items():
             np.testing.assert_allclose(value, found[1][name], rtol=1e-3, atol=1e-3)
+            np.testing.assert_allclose(value, found[2][name], rtol=1e-3, atol=1e-3)

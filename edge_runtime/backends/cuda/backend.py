@@ -24,18 +24,16 @@ from numpy.typing import NDArray
 from edge_runtime import confidence
 from edge_runtime.backends.base import Backend, Collected
 from edge_runtime.backends.cuda import decide, probe
-from edge_runtime.backends.cuda.base import Body, Condition, Cuda, ExecutableGraph, MappedMemory
+from edge_runtime.backends.cuda.base import Cuda, MappedMemory
 from edge_runtime.backends.cuda.decide import Verdict
-from edge_runtime.backends.cuda.graphs import FramePlan, ahead_graph, frame_graph
-from edge_runtime.backends.cuda.judge import Call, Judge
+from edge_runtime.backends.cuda.prepared import Prepared
 from edge_runtime.backends.cuda.slots import Slot
-from edge_runtime.backends.cuda.stages import DeviceStages, Work
-from edge_runtime.cascade import Plan, Stage
+from edge_runtime.backends.cuda.stages import DeviceStages
+from edge_runtime.cascade import Plan
 from edge_runtime.confidence import Decision, Metric
 from edge_runtime.errors import BackendError, BackendUnavailable, ConfigError, CudaError, InputError
 from edge_runtime.policy import Never, Policy
 from edge_runtime.prediction import Ended
-from edge_runtime.tensors import TensorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -147,28 +145,15 @@ class CudaBackend(Backend):
         cuda.open()
         self._thread = threading.get_ident()
         self._choose_mode()
-        self._prepare(plan, axes)
-        batch = self.options.batch
-        self._main = keep(cuda.stream())
-        self._side = keep(cuda.stream()) if self.ahead else self._main
-        exits = [self._specs[step.exit.logits] for step in plan.steps]
-        self._slots = [
-            Slot(number, cuda, self._image, batch, len(exits), keep)
-            for number in range(2 if self.ahead else 1)
-        ]
-        self._judge = Judge(cuda, exits, batch=batch, conditionals=self.decides, keep=keep)
-        self._records = keep(cuda.memory(len(exits) * batch * decide.RECORD_BYTES))
-        self._stack.callback(self._stages.close)
-        self._work = self._planned_work(plan, variants)
-        self._stages.open(cuda, self._work, self._main)
+        self._ready = Prepared(cuda, self._stages, self.options.batch, keep)
+        self._ready.open(plan, axes, variants, mode=self.mode, ahead=self.ahead)
         self._stack.callback(self._wait_for_all)
-        self._calls = [[self._call(k, slot) for k in range(len(exits))] for slot in self._slots]
+        if self.decides:
+            self._ready.build_graphs(plan, nested=self.options.nested)
         self._staging: MappedMemory | None = None
         self._sequence = self._turn = 0
-        self._rules: list[tuple[str, float] | None] = [None] * len(exits)
+        self.use(Never(), "max_softmax", [1.0] * len(plan.steps))
         self._opened = True
-        if self.decides:
-            self._build_graphs(plan, keep)
 
     def _choose_mode(self) -> None:
         reasons = probe.why_not(self.cuda, self.options.batch)
@@ -185,102 +170,14 @@ class CudaBackend(Backend):
                 remedy=f"Modes that are: {remain}",
             )
 
-    def _prepare(self, plan: Plan, axes: Mapping[str, int]) -> None:
-        """Take over the plan's stages and tensors with all axes but the batch known."""
-        self._image = plan.image.resolve(axes)
-        self._specs: dict[str, TensorSpec] = {self._image.name: self._image}
-        self._loaded: dict[str, Stage] = {}
-        for stage in plan.stages:
-            inputs = tuple(spec.resolve(axes) for spec in stage.inputs)
-            outputs = tuple(spec.resolve(axes) for spec in stage.outputs)
-            self._loaded[stage.name] = Stage(stage.name, stage.kind, inputs, outputs)
-            self._specs |= {spec.name: spec for spec in outputs}
-        for spec in self._specs.values():
-            spec.sample_shape()
-        self._positions = [step.position for step in plan.steps]
-        self._index = {step.exit.logits: k for k, step in enumerate(plan.steps)}
-
-    def _planned_work(self, plan: Plan, variants: Mapping[str, str]) -> Work:
-        known = {self._image.name}
-        ahead = []
-        for stage in plan.steps[0].stages if self.ahead else ():
-            if stage.kind == "preprocess" and {spec.name for spec in stage.inputs} <= known:
-                ahead.append(stage.name)
-                known |= {spec.name for spec in stage.outputs}
-        return Work(
-            stages=tuple(self._loaded.values()),
-            variants=variants,
-            batch=self.options.batch,
-            image=self._image,
-            images=tuple(slot.image for slot in self._slots),
-            ahead=frozenset(ahead),
-        )
-
-    def _call(self, k: int, slot: Slot) -> Call:
-        """How exit `k` is judged where the host decides."""
-        return self._judge.call(
-            k,
-            slot,
-            self._logits(k, slot),
-            record=None if self.mode == "polling" else self._record(k),
-        )
-
-    def _logits(self, k: int, slot: Slot) -> int:
-        name = next(logits for logits, index in self._index.items() if index == k)
-        return self._stages.address(name, slot.number)
-
-    def _record(self, k: int) -> int:
-        """Device address of the verdict on exit `k`, for modes that copy it to the host."""
-        address: int = self._records.address + k * self._stride
-        return address
-
-    @property
-    def _stride(self) -> int:
-        return self.options.batch * decide.RECORD_BYTES
-
-    def _build_graphs(self, plan: Plan, keep: Callable[[Any], Any]) -> None:
-        self._frame_graphs: list[ExecutableGraph] = []
-        self._ahead_graphs: list[ExecutableGraph] = []
-        for slot in self._slots:
-            steps = [
-                [
-                    self._captured(stage.name, slot)
-                    for stage in step.stages
-                    if stage.name not in self._work.ahead
-                ]
-                for step in plan.steps
-            ]
-
-            def judge(body: Body, k: int, condition: Condition | None, slot: Slot = slot) -> None:
-                logits = self._logits(k, slot)
-                call = self._judge.call(k, slot, logits, on_device=True, condition=condition)
-                body.launch(*call)
-
-            if self.ahead:
-                ahead = [
-                    self._captured(stage.name, slot)
-                    for stage in self._work.stages
-                    if stage.name in self._work.ahead
-                ]
-                self._ahead_graphs.append(keep(ahead_graph(self.cuda, slot.bring, ahead)))
-                self._ahead_graphs[-1].upload(self._side)
-            bring = _nothing if self.ahead else slot.bring
-            frame_plan = FramePlan(bring, steps, judge, nested=self.options.nested)
-            self._frame_graphs.append(keep(frame_graph(self.cuda, frame_plan)))
-            self._frame_graphs[-1].upload(self._main)
-
-    def _captured(self, stage: str, slot: Slot) -> int:
-        try:
-            return self._stages.captured(stage, slot.number)
-        except CudaError as error:
-            raise CudaError(f"stage {stage!r} can't be captured: {error}", stage=stage) from error
-
     def close(self) -> None:
         """Free everything on the device."""
-        self._opened = False
         self._flight.clear()
         stack, self._stack = self._stack, ExitStack()
         try:
+            if self._opened:
+                self._opened = False
+                self._on_this_thread()
             stack.close()
         except CudaError as error:
             # Whoever closes after a failure has seen that already, and all was tried.
@@ -289,35 +186,43 @@ class CudaBackend(Backend):
     def _wait_for_all(self) -> None:
         if self._hung:
             raise CudaError("the device has not answered before", remedy="Start the process anew")
-        self._side.synchronize()
-        self._main.synchronize()
+        self._ready.side.synchronize()
+        self._ready.main.synchronize()
 
     def use(self, policy: Policy, metric: Metric, temperatures: Sequence[float]) -> None:
         """Write the rules of an operating point to the device; no graph is built anew."""
+        self._on_this_thread()
         known = policy if self.decides else Never()
-        self._judge.write(decide.rules(known, metric, temperatures, self._positions), self._main)
-        self._rules = [(metric, temperature) for temperature in temperatures]
+        ready = self._ready
+        rules = decide.rules(known, metric, temperatures, ready.positions)
+        ready.judge.write(rules, ready.main)
+        self._rules: list[tuple[Metric, float]] = [(metric, value) for value in temperatures]
 
     def feed(self, image: NDArray[Any]) -> None:
         """Begin a frame; one that was not brought to its end is waited for."""
         if not self._opened:
             raise BackendError(f"the backend {self.name!r} is not open")
-        if threading.get_ident() != self._thread:
-            self.cuda.make_current()
-            self._thread = threading.get_ident()
+        self._on_this_thread()
         if self._flight:
             self._flight.clear()
             self._wait_for_all()
         self._admit(image)
 
+    def _on_this_thread(self) -> None:
+        """CUDA knows a context per thread."""
+        if threading.get_ident() != self._thread:
+            self.cuda.make_current()
+            self._thread = threading.get_ident()
+
     def feed_ahead(self, image: NDArray[Any]) -> None:
         """Bring a frame to the device while another is in flight."""
-        if not self.ahead or len(self._flight) >= len(self._slots):
+        if not self.ahead or len(self._flight) >= len(self._ready.slots):
             raise BackendError(
                 "no frame can be fed ahead now",
                 got=f"{len(self._flight)} in flight",
-                expected=f"fewer than {len(self._slots)}, and the option overlap",
+                expected=f"fewer than {len(self._ready.slots)}, and the option overlap",
             )
+        self._on_this_thread()
         self._admit(image)
 
     def _admit(self, image: NDArray[Any]) -> None:
@@ -328,8 +233,8 @@ class CudaBackend(Backend):
                 expected=f"at most {self.options.batch}, which the cascade was opened for",
                 remedy="Open it with a larger batch",
             )
-        slot = self._slots[self._turn]
-        self._turn = (self._turn + 1) % len(self._slots)
+        slot = self._ready.slots[self._turn]
+        self._turn = (self._turn + 1) % len(self._ready.slots)
         self._sequence = self._sequence % _LAST_SEQUENCE + 1
         slot.write(image, self._sequence)
         frame = _Frame(slot)
@@ -341,18 +246,19 @@ class CudaBackend(Backend):
 
     def _bring(self, frame: _Frame) -> None:
         """Put the image's way to the device on the stream for it."""
+        ready, slot = self._ready, frame.slot
         frame.brought = frame.busy = True
-        frame.slot.bring(self._side)
-        for stage in self._work.stages:
-            if stage.name in self._work.ahead:
-                self._stages.enqueue(stage.name, frame.slot.number, self._side)
+        slot.bring(ready.side)
+        for stage in ready.run_ahead:
+            self._stages.enqueue(stage, slot.number, ready.side)
         if self.ahead:
-            self._side.record(frame.slot.arrived)
+            ready.side.record(slot.arrived)
 
     def _current(self) -> _Frame:
         """The frame that is driven by the host, its image under way."""
         if not self._flight:
             raise BackendError(f"the backend {self.name!r} has no frame: feed one first")
+        self._on_this_thread()
         self._join(self._flight[0])
         return self._flight[0]
 
@@ -361,36 +267,37 @@ class CudaBackend(Backend):
         if not frame.brought:
             self._bring(frame)
         if self.ahead and not frame.joined:
-            self._main.wait(frame.slot.arrived)
+            self._ready.main.wait(frame.slot.arrived)
         frame.joined = True
 
     def run(self, stage: str) -> None:
         """Put one stage on the stream; it is not waited for."""
-        if stage not in self._loaded or not self._opened:
+        if not self._opened or stage not in self._ready.loaded:
             raise BackendError(f"stage {stage!r} was not opened", stage=stage)
         frame = self._current()
-        if stage not in self._work.ahead and self.mode != "run_all":
+        if stage not in self._ready.work.ahead and self.mode != "run_all":
             self._enqueue(stage, frame)
 
     def _enqueue(self, stage: str, frame: _Frame) -> None:
         frame.busy = True
         try:
-            self._stages.enqueue(stage, frame.slot.number, self._main)
+            self._stages.enqueue(stage, frame.slot.number, self._ready.main)
         except CudaError as error:
             raise CudaError(f"stage {stage!r}: {error}", stage=stage) from error
 
     def _run_all(self, frame: _Frame) -> None:
+        ready, slot = self._ready, frame.slot
         self._join(frame)
-        for stage in self._work.stages:
-            if stage.name not in self._work.ahead:
-                self._enqueue(stage.name, frame)
-        for call in self._calls[frame.slot.number]:
-            self._main.launch(*call)
-        self._main.copy(frame.slot.record[0], self._record(0), len(self._rules) * self._stride)
+        for stage in ready.loaded:
+            if stage not in ready.work.ahead:
+                self._enqueue(stage, frame)
+        for call in ready.calls[slot.number]:
+            ready.main.launch(*call)
+        ready.main.copy(slot.record[0], ready.record(0), len(ready.exits) * ready.stride)
 
     def decide(self, logits: str, metric: Metric, temperature: float) -> Decision:
         """Judge an exit on the device, and wait for the verdict."""
-        frame, k = self._current(), self._index[logits]
+        frame, k = self._current(), self._ready.exits.index(logits)
         changed = self._rules[k] != (metric, temperature)
         if changed:
             self._change_rule(k, metric, temperature)
@@ -403,23 +310,22 @@ class CudaBackend(Backend):
     def _wait(self, frame: _Frame) -> None:
         """Wait for all work on the stream."""
         self.waits += 1
-        self._main.synchronize()
+        self._ready.main.synchronize()
         frame.busy = False
 
     def _judge_now(self, frame: _Frame, k: int) -> Verdict:
-        slot = frame.slot
+        ready, slot = self._ready, frame.slot
+        if k in frame.judged:
+            slot.forget(k)
+        frame.judged.add(k)
+        ready.main.launch(*ready.calls[slot.number][k])
         if self.mode == "polling":
-            if k in frame.judged:
-                slot.forget(k)
-            frame.judged.add(k)
-            self._main.launch(*self._calls[slot.number][k])
             verdict = self._spin(lambda: slot.records.read(k, slot.samples, slot.sequence))
             frame.busy = False
             return verdict
-        self._main.launch(*self._calls[slot.number][k])
-        self._main.copy(slot.record[k], self._record(k), self._stride)
+        ready.main.copy(slot.record[k], ready.record(k), ready.stride)
         self._wait(frame)
-        return self._read(frame.slot, k)
+        return self._read(slot, k)
 
     @staticmethod
     def _read(slot: Slot, k: int) -> Verdict:
@@ -448,9 +354,9 @@ class CudaBackend(Backend):
         return decision
 
     def _change_rule(self, k: int, metric: Metric, temperature: float) -> None:
-        rules = self._judge.rules.copy()
+        rules = self._ready.judge.rules.copy()
         rules[k] = decide.rules(Never(), metric, [temperature], [k])[0]
-        self._judge.write(rules, self._main)
+        self._ready.judge.write(rules, self._ready.main)
         self._rules[k] = (metric, temperature)
 
     def _spin(self, ready: Callable[[], T | None]) -> T:
@@ -471,7 +377,7 @@ class CudaBackend(Backend):
                     return found
 
     def _still_possible(self, ready: Callable[[], T | None], begin: float) -> T | None:
-        if self._main.is_done():
+        if self._ready.main.is_done():
             found = ready()
             if found is None:
                 raise CudaError("the device finished a frame without a verdict on it")
@@ -490,18 +396,20 @@ class CudaBackend(Backend):
         Args:
             deepest: Index of the evaluated exit that answers at the latest.
         """
-        frame = self._flight[-1]
+        self._on_this_thread()
+        ready, frame = self._ready, self._flight[-1]
         slot = frame.slot
         slot.limit(deepest)
         frame.brought = frame.joined = frame.busy = True
         if self.ahead:
-            self._ahead_graphs[slot.number].launch(self._side)
-            self._side.record(slot.arrived)
-            self._main.wait(slot.arrived)
-        self._frame_graphs[slot.number].launch(self._main)
+            ready.ahead_graphs[slot.number].launch(ready.side)
+            ready.side.record(slot.arrived)
+            ready.main.wait(slot.arrived)
+        ready.frame_graphs[slot.number].launch(ready.main)
 
     def collect(self) -> Collected:
         """Wait for the answer to the oldest frame in flight."""
+        self._on_this_thread()
         frame = self._flight[0]
         slot = frame.slot
         exit_ = self._spin(lambda: slot.records.answer(slot.sequence))
@@ -528,15 +436,16 @@ class CudaBackend(Backend):
 
     def read(self, tensor: str) -> NDArray[Any]:
         """A copy of a tensor, on the host."""
-        frame, spec = self._current(), self._specs[tensor]
-        nbytes = self._work.nbytes(spec)
-        if self._staging is None or self._staging.nbytes < nbytes:
-            largest = max(map(self._work.nbytes, self._specs.values()))
+        frame, ready = self._current(), self._ready
+        spec, work = ready.specs[tensor], ready.work
+        nbytes = work.nbytes(spec)
+        if self._staging is None:
+            largest = max(map(work.nbytes, ready.specs.values()))
             self._staging = self._stack.enter_context(self.cuda.mapped_memory(largest))
         source = frame.slot.image
-        if tensor != self._image.name:
+        if tensor != work.image.name:
             source = self._stages.address(tensor, frame.slot.number)
-        self._main.copy(self._staging.address, source, nbytes)
+        ready.main.copy(self._staging.address, source, nbytes)
         self._wait(frame)
         batch = (self.options.batch, *spec.sample_shape())
         values = self._staging.host[:nbytes].view(spec.dtype).reshape(batch)[: frame.slot.samples]
@@ -564,7 +473,3 @@ def open_cuda(package: Package, device: int) -> Cuda:
     if package == "any" and not core and importlib.util.find_spec("pycuda"):
         return PyCuda(device)
     return CudaCore(device)
-
-
-def _nothing(body: Body) -> None:
-    """The image is brought elsewhere."""

@@ -126,13 +126,16 @@ class CudaCore(Cuda):
 
     def event(self) -> Event:
         """See `Cuda.event`."""
-        options = self._native.core.EventOptions(timing_enabled=True)
-        with self._native.explained("making an event"):
-            return _Event(self._device.create_event(options))
+        # cuda-core makes one too, but does not say why it failed.
+        driver = self._native.driver
+        flags = driver.CUevent_flags.CU_EVENT_DEFAULT
+        return _Event(
+            self._native, self._native.call("making an event", driver.cuEventCreate, flags)
+        )
 
     def seconds_between(self, start: Event, end: Event) -> float:
         """See `Cuda.seconds_between`."""
-        events = [_native_event(event).handle for event in (start, end)]
+        events = [_native_event(event) for event in (start, end)]
         elapsed = self._native.driver.cuEventElapsedTime
         return float(self._native.call("taking the time", elapsed, *events)) / 1000
 
@@ -286,7 +289,12 @@ class _Native:
             first = next((line for line in lines if ": error" in line), lines[0])
             raise CudaError(f"compiling the kernels: {first.strip()}") from error
         except RuntimeError as error:  # cuda-bindings can't load the library
-            raise missing_package("nvidia-cuda-nvrtc", "tensorrt") from error
+            version = importlib.import_module("cuda.bindings").__version__.split(".")[0]
+            raise BackendUnavailable(
+                "NVRTC is not found, the library that compiles kernels",
+                remedy="CUDA's toolkit and JetPack have it, and so has: "
+                f"pip install 'cuda-core[cu{version}]'",
+            ) from error
 
     def compiler_version(self) -> tuple[int, int]:
         """CUDA version of the compiler."""
@@ -381,14 +389,17 @@ class _MappedMemory(_Memory, MappedMemory):
 
 
 class _Event(Event):
-    """An event; cuda-core destroys it when nobody holds it."""
+    """An event of the driver's."""
 
-    def __init__(self, event: Any) -> None:
+    def __init__(self, native: _Native, event: Any) -> None:
+        self._native = native
         self.native = event
 
     def close(self) -> None:
         """See `Resource.close`."""
-        self.native.close()
+        event, self.native = self.native, None
+        if event is not None:
+            self._native.call("closing an event", self._native.driver.cuEventDestroy, event)
 
 
 class _Stream(Stream):
@@ -420,13 +431,13 @@ class _Stream(Stream):
 
     def record(self, event: Event) -> None:
         """See `Stream.record`."""
-        with self._native.explained("recording an event"):
-            self.native.record(_native_event(event))
+        record = self._driver.cuEventRecord
+        self._native.call("recording an event", record, _native_event(event), self._handle)
 
     def wait(self, event: Event) -> None:
         """See `Stream.wait`."""
-        with self._native.explained("waiting for an event"):
-            self.native.wait(_native_event(event))
+        wait = self._driver.cuStreamWaitEvent
+        self._native.call("waiting for an event", wait, self._handle, _native_event(event), 0)
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """See `Stream.copy`."""

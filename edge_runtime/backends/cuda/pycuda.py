@@ -68,7 +68,7 @@ class PyCuda(Cuda):
         with ExitStack() as undo, _explained(driver, "opening the device"):
             context = driver.Device(self._index).retain_primary_context()
             undo.callback(context.detach)
-            _enter(context, self._index)
+            _enter(driver, context, self._index)
             undo.pop_all()
         self._driver, self._context = driver, context
         # pycuda ends a process that exits with a context pushed.
@@ -80,19 +80,19 @@ class PyCuda(Cuda):
         if self._context is not None:
             atexit.unregister(self._leave)
             with _explained(self._driver, "closing the device"):
-                context = self._leave()
-                context.detach()
+                self._leave().detach()
 
     def _leave(self) -> Any:
         """Pop the context from this thread, and forget it."""
         context, self._context = self._context, None
-        _pushed().pop(context.handle, None)
+        if pushed := _pushed().pop(context.handle, None):
+            pushed.pop()
         return context
 
     def make_current(self) -> None:
         """See `Cuda.make_current`."""
         with _explained(self._driver, "making the device current"):
-            _enter(self._context, self._index)
+            _enter(self._driver, self._context, self._index)
 
     def why_no_graphs(self) -> str:
         """See `Cuda.why_no_graphs`."""
@@ -158,16 +158,22 @@ class PyCuda(Cuda):
 
 
 class _Pushed:
-    """A context that is pushed on a thread, until this is dropped, which the thread's end does."""
+    """A context that is pushed on a thread until `pop`, which the thread's end calls too."""
 
     def __init__(self, context: Any) -> None:
+        self._thread = 0
         context.push()
         self._context = context
         self._thread = threading.get_ident()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_thread") and self._thread == threading.get_ident():
+    def pop(self) -> None:
+        """Pop it, once."""
+        thread, self._thread = self._thread, 0
+        if thread == threading.get_ident():
             self._context.pop()
+
+    def __del__(self) -> None:
+        self.pop()
 
 
 class _Memory(Memory):
@@ -327,14 +333,15 @@ def _facts(driver: Any, index: int) -> DeviceFacts:
         )
 
 
-def _enter(context: Any, index: int) -> None:
+def _enter(driver: Any, context: Any, index: int) -> None:
     """Push the primary context on this thread, once.
 
     Raises:
         CudaError: Another context is current.
     """
     current = ctypes.c_void_p()
-    _libcuda().cuCtxGetCurrent(ctypes.byref(current))
+    if status := _libcuda().cuCtxGetCurrent(ctypes.byref(current)):
+        raise driver.Error(f"cuCtxGetCurrent failed: {_words(status)[1]}")
     if current.value not in (None, int(context.handle)):
         raise CudaError(
             f"another CUDA context than the primary one of device {index} is current on this "
@@ -402,14 +409,16 @@ def _code(text: str) -> str:
 @functools.cache
 def _codes() -> dict[str, str]:
     """The driver's description of each error -> its name, such as CUDA_ERROR_OUT_OF_MEMORY."""
-    codes = {}
-    for number in range(1, LAST_ERROR + 1):
-        name, description = ctypes.c_char_p(), ctypes.c_char_p()
-        _libcuda().cuGetErrorName(number, ctypes.byref(name))
-        _libcuda().cuGetErrorString(number, ctypes.byref(description))
-        if name.value and description.value:
-            codes[description.value.decode()] = name.value.decode()
-    return codes
+    words = [_words(status) for status in range(1, LAST_ERROR + 1)]
+    return {description: name for name, description in words if name and description}
+
+
+def _words(status: int) -> tuple[str, str]:
+    """The driver's name for an error, and its description."""
+    name, description = ctypes.c_char_p(), ctypes.c_char_p()
+    _libcuda().cuGetErrorName(status, ctypes.byref(name))
+    _libcuda().cuGetErrorString(status, ctypes.byref(description))
+    return (name.value or b"").decode(), (description.value or b"").decode()
 
 
 @functools.cache

@@ -596,7 +596,7 @@ class TestTrouble:
         device = on_device(CASCADE, point, mode=mode, stages=stages, timeout_s=0.05).open()
         frame = images(CASCADE, 1)[0]
         if mode == "graph":
-            device.backend._main.wait(never)
+            device.backend._ready.main.wait(never)
         hang[0] = True
         with pytest.raises(CudaError, match=r"gave no answer within 0\.05 s"):
             device(frame)
@@ -642,8 +642,12 @@ class TestTrouble:
             thread.start()
             thread.join()
             assert log.count("make_current") == 1
-            device(frames[0])
+            device.switch(POINT)
             assert log.count("make_current") == 2
+            thread = threading.Thread(target=device.close)
+            thread.start()
+            thread.join()
+            assert log.count("make_current") == 3
 
     def test_an_image_of_another_shape_is_refused_before_anything_runs(self) -> None:
         with on_device(CASCADE, POINT) as device:
