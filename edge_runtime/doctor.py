@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edge_runtime import device
+from edge_runtime.backends.cuda import probe
+from edge_runtime.backends.cuda.backend import open_cuda
 from edge_runtime.backends.onnxrt import shared_pool_available
 from edge_runtime.console import Console
+from edge_runtime.errors import BackendUnavailable, CudaError
+from edge_runtime.schema import plain
 
 DISTRIBUTION = "edge-runtime"
 #: Our four top-level packages; two of the names are common words.
@@ -32,6 +36,7 @@ _NEEDS = (
     _Need("rich", "cpu", "prints tables and progress"),
     _Need("onnx", "calib", "makes bundles from ONNX files"),
     _Need("torch", "export", "exports torch modules"),
+    _Need("cuda.core", "tensorrt", "reaches an NVIDIA GPU, conditional graphs included"),
 )
 
 
@@ -49,18 +54,45 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     console.line("\noptional parts")
     missing = {}
     for need in _NEEDS:
-        if importlib.util.find_spec(need.module) is not None:
+        if _installed(need.module):
             console.line(f"  ok       {need.module}: {need.purpose}")
         else:
             missing[need.module] = f"pip install 'edge-runtime[{need.extra}]'"
             console.line(f"  missing  {need.module}: {need.purpose}; {missing[need.module]}")
+    gpu = _gpu()
+    console.line("\nGPU")
+    for name, value in gpu.items():
+        for key, text in value.items() if isinstance(value, dict) else [("", value)]:
+            console.line(f"  {f'{name} {key}'.strip()}: {text or 'available'}")
     warnings = [*_shadowed(), *_onnxruntime()]
     console.line()
     for warning in warnings:
         console.line(f"warning: {warning}")
     if not warnings:
         console.line("no warnings")
-    return {"device": fingerprint, "missing": missing, "warnings": warnings}
+    return {"device": fingerprint, "missing": missing, "gpu": gpu, "warnings": warnings}
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it belongs to
+        return False
+
+
+def _gpu() -> dict[str, Any]:
+    """What the first GPU is and which execution modes work there, or why there is none."""
+    cuda = open_cuda("any", 0)
+    try:
+        cuda.open()
+    except (BackendUnavailable, CudaError) as error:
+        return {"none": str(error)}
+    try:
+        return {"device": plain(cuda.facts), "mode": probe.why_not(cuda, 1)}
+    except CudaError as error:
+        return {"device": plain(cuda.facts), "failed": str(error)}
+    finally:
+        cuda.close()
 
 
 def _shadowed() -> list[str]:

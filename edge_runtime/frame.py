@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.backends.base import Collected
 from edge_runtime.policy import Streak
 from edge_runtime.prediction import Ended
 
@@ -36,6 +38,8 @@ class Frame:
         self.rows: NDArray[np.intp] = _ALONE if self.alone else np.arange(batch)
         self.streak = Streak()
         self.runs: list[StepRun] = []
+        #: Where a backend decides, what it brought back instead of `runs`.
+        self.collected: Collected | None = None
         #: Per sample: index of the step that answered, why it stopped there, and when.
         self.answers: list[tuple[int, Ended, float]] = [(0, "last", start)] * batch
 
@@ -47,12 +51,44 @@ class Frame:
 
     def said(self, index: int, sample: int) -> tuple[int, float, float]:
         """Label, signal and confidence of a sample at the exit of step `index`."""
-        run = self.runs[index]
-        labels, signal, confidence = run.decision
         if self.alone:
-            return int(labels), float(signal), float(confidence)
+            label, signal, confidence = self._decision(index)
+            return int(label), float(signal), float(confidence)
+        run = self.runs[index]
+        labels, signals, confidences = run.decision
         row = np.searchsorted(run.rows, sample)
-        return int(labels[row]), float(signal[row]), float(confidence[row])
+        return int(labels[row]), float(signals[row]), float(confidences[row])
+
+    def _decision(self, index: int) -> Any:
+        if self.collected is not None:
+            return self.collected.decision(index)
+        return self.runs[index].decision
+
+    def marks(self, index: int, stages: int) -> tuple[list[float], int]:
+        """When step `index` began and each of its stages ended, and on how many samples.
+
+        Args:
+            index: Of the step.
+            stages: How many it has.
+
+        Returns:
+            Seconds since the frame's begin, NaN where only the device knows; and the batch.
+        """
+        if self.collected is not None:
+            return [math.nan] * (stages + 1), 1
+        run = self.runs[index]
+        return [mark - self.start for mark in run.marks], len(run.rows)
+
+    def decided(self, index: int, end: float) -> float:
+        """Seconds from the frame's begin to the decision of step `index`.
+
+        Args:
+            index: Of the step.
+            end: When the frame's answer was there.
+        """
+        if self.collected is not None:
+            return end - self.start - self.collected.seconds_to_end(index)
+        return self.runs[index].decided - self.start
 
     def answer(self, index: int, ended: Ended, now: float) -> None:
         """All samples in flight leave with what step `index` said."""

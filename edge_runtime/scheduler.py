@@ -365,17 +365,16 @@ class Scheduler:
         """Take over a frame that the backend has brought to its end."""
         found = self.backend.collect()
         now = self._clock()
-        begin, last = frame.start, len(found.decisions) - 1
-        for index, decision in enumerate(found.decisions):
-            run = frame.begin(begin)
-            run.decision = decision
-            run.decided = now - math.fsum(found.seconds[index:])
-            if frame.deadline_s is not None:
-                self._expected.observe(index, 1, run.decided - begin)
-            begin = run.decided
         if found.ended == "not finite":
-            raise _at_exit(self._steps[last], confidence.not_finite(0))
-        frame.answer(last, found.ended, now)
+            raise _at_exit(self._steps[found.last], confidence.not_finite(0))
+        frame.collected = found
+        frame.answer(found.last, found.ended, now)
+        if frame.deadline_s is not None:
+            begin = frame.start
+            for index in range(found.last + 1):
+                end = now - found.seconds_to_end(index)
+                self._expected.observe(index, 1, end - begin)
+                begin = end
 
     def _deepest(self, frame: Frame) -> int:
         """Index of the last step that is expected to end before the deadline; the first at least.
@@ -436,25 +435,23 @@ class Scheduler:
 
     def _trace(self, frame: Frame, sample: int) -> Trace:
         """What was run on one sample."""
-        index, ended, _ = frame.answers[sample]
+        index, ended, end = frame.answers[sample]
         # A step behind the answering exit was begun for this sample only if the deadline passed
         # while it ran.
-        steps = len(frame.runs) if ended == "deadline" else index + 1
+        steps = max(index + 1, len(frame.runs)) if ended == "deadline" else index + 1
         stages: list[StageRun] = []
-        for step, run in zip(self._steps[:steps], frame.runs, strict=False):
-            marks = [mark - frame.start for mark in run.marks]
-            if self.backend.decides:
-                marks = [math.nan] * (len(step.stages) + 1)
-            elif self.backend.asynchronous:
+        for at, step in enumerate(self._steps[:steps]):
+            marks, batch = frame.marks(at, len(step.stages))
+            if self.backend.asynchronous:
                 marks = [math.nan] * len(marks)
             stages += [
-                StageRun(stage, precision, begin, end - begin, len(run.rows))
+                StageRun(stage, precision, begin, end - begin, batch)
                 for stage, precision, begin, end in zip(
                     step.stages, step.precisions, marks, marks[1:], strict=False
                 )
             ]
         exits = [
-            ExitRun(step.exit, *frame.said(at, sample), frame.runs[at].decided - frame.start)
+            ExitRun(step.exit, *frame.said(at, sample), frame.decided(at, end))
             for at, step in enumerate(self._steps[: index + 1])
         ]
         return Trace(self.backend.name, self.backend.mode, ended, tuple(stages), tuple(exits))

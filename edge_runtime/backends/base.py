@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,18 +28,24 @@ from edge_runtime.tensors import TensorSpec
 _CACHE_LINE = 64
 
 
-class Collected(NamedTuple):
+class Collected(Protocol):
     """A frame of one image that the backend brought to its end by itself.
 
     Attributes:
-        decisions: What each evaluated exit said, in order; the last one answered.
-        ended: Why it ended at the last of these exits.
-        seconds: Time from each of these exits to the next one.
+        last: Index of the evaluated exit that answered.
+        ended: Why it ended there.
     """
 
-    decisions: Sequence[Decision]
+    last: int
     ended: Ended | Literal["not finite"]
-    seconds: Sequence[float]
+
+    def decision(self, index: int) -> Decision:
+        """What an exit said, up to the last one."""
+        ...
+
+    def seconds_to_end(self, index: int) -> float:
+        """Time from an exit's decision to that of the last one."""
+        ...
 
 
 class Backend(ABC):

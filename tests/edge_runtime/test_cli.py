@@ -97,6 +97,36 @@ def test_doctor_reports_json(capsys, tmp_path) -> None:
     assert "onnxruntime" in out
 
 
+def test_doctor_shows_the_gpu_and_its_modes(capsys, monkeypatch, tmp_path) -> None:
+    from edge_runtime import doctor
+    from edge_runtime.backends.cuda.fake import FakeCuda
+
+    device = FakeCuda(graphs="the driver is for CUDA 12.2")
+    monkeypatch.setattr(doctor, "open_cuda", lambda package, index: device)
+    code, out, _ = run(capsys, "doctor", "--json", tmp_path / "doctor.json")
+    assert code == 0
+    assert "device name: a device made of numpy" in out
+    assert "mode graph: the driver is for CUDA 12.2" in out
+    assert "mode polling: available" in out
+    assert json.loads((tmp_path / "doctor.json").read_text())["gpu"]["mode"]["sync"] == ""
+    assert not device.live
+
+
+def test_doctor_says_why_there_is_no_gpu(capsys, monkeypatch) -> None:
+    from edge_runtime import doctor
+    from edge_runtime.backends.cuda.fake import FakeCuda, Fault
+
+    device = FakeCuda(fault=Fault(0, "NO_DEVICE"))
+    monkeypatch.setattr(doctor, "open_cuda", lambda package, index: device)
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    assert "none: open: CUDA says: NO_DEVICE" in out
+    device = FakeCuda(fault=Fault(4, "OUT_OF_MEMORY"))
+    code, out, _ = run(capsys, "doctor")
+    assert "  failed: " in out
+    assert "CUDA says: OUT_OF_MEMORY" in out
+
+
 def test_doctor_names_what_is_missing(capsys, monkeypatch) -> None:
     from importlib import util
 

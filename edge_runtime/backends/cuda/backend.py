@@ -8,7 +8,6 @@ they give the same results.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -27,7 +26,7 @@ from edge_runtime.backends.cuda import decide, probe
 from edge_runtime.backends.cuda.base import Cuda, MappedMemory
 from edge_runtime.backends.cuda.decide import Verdict
 from edge_runtime.backends.cuda.prepared import Prepared
-from edge_runtime.backends.cuda.slots import Slot
+from edge_runtime.backends.cuda.slots import NO_DEADLINE, Slot
 from edge_runtime.backends.cuda.stages import DeviceStages
 from edge_runtime.cascade import Plan
 from edge_runtime.confidence import Decision, Metric
@@ -100,6 +99,28 @@ class _Frame:
     busy: bool = False
     judged: set[int] = field(default_factory=set)
     rows: NDArray[np.intp] | None = None
+
+
+class _Answered(Collected):
+    """A frame that the device has ended, read when somebody asks."""
+
+    __slots__ = ("_last", "_records", "ended", "last")
+
+    def __init__(self, last: int, records: bytes) -> None:
+        self._records = records
+        self._last = decide.verdict_of(records, last)
+        self.last = last
+        self.ended = _ENDED[int(self._last.status)]
+
+    def decision(self, index: int) -> Decision:
+        if index == self.last:
+            return self._last.decision
+        return decide.verdict_of(self._records, index).decision
+
+    def seconds_to_end(self, index: int) -> float:
+        """By the device's clock, whose lower 32 bits wrap after four seconds."""
+        ago = self._last.time_ns - decide.verdict_of(self._records, index).time_ns
+        return int(ago) % 2**32 * 1e-9
 
 
 class CudaBackend(Backend):
@@ -247,6 +268,7 @@ class CudaBackend(Backend):
     def _bring(self, frame: _Frame) -> None:
         """Put the image's way to the device on the stream for it."""
         ready, slot = self._ready, frame.slot
+        slot.limit(NO_DEADLINE)
         frame.brought = frame.busy = True
         slot.bring(ready.side)
         for stage in ready.run_ahead:
@@ -414,13 +436,12 @@ class CudaBackend(Backend):
         slot = frame.slot
         exit_ = self._spin(lambda: slot.records.answer(slot.sequence))
         frame.busy = False
-        verdicts = [self._read(slot, k) for k in range(exit_ + 1)]
-        times = [int(verdict.time_ns) for verdict in verdicts]
-        return Collected(
-            decisions=[verdict.decision for verdict in verdicts],
-            ended=_ENDED[int(verdicts[exit_].status)],
-            seconds=[(b - a) % 2**32 * 1e-9 for a, b in itertools.pairwise(times)],
-        )
+        for _ in range(_ASK_EVERY):
+            records = slot.records.copy(exit_ + 1, slot.sequence)
+            # As in `_read`: what was written before may be seen after.
+            if records is not None:
+                return _Answered(exit_, records)
+        raise CudaError("the device finished a frame without a verdict at every exit")
 
     def done(self) -> None:
         """The current frame is over."""

@@ -344,5 +344,5 @@ def no_graphs(cuda: Cuda) -> BackendUnavailable:
     """The error for a graph that can't be built."""
     return BackendUnavailable(
         f"{cuda.name} can't build CUDA graphs here: {cuda.why_no_graphs()}",
-        remedy="The modes polling and sync need none: --mode polling",
+        remedy="The modes polling and sync need none: mode='polling'",
     )

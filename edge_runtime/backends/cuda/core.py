@@ -91,7 +91,7 @@ class CudaCore(Cuda):
                 f"{_dotted(OLDEST_DRIVER_FOR_GRAPHS)} (JetPack 6.1)"
             )
         if not hasattr(self._native.graphs, "GraphDefinition"):
-            return f"cuda-core {self._native.core.__version__} is too old; graphs need 1.0"
+            return f"cuda-core {self._native.core.__version__} is too old; graphs need 1.1"
         return ""
 
     def memory(self, nbytes: int) -> Memory:

@@ -189,6 +189,7 @@ __device__ unsigned judge(const T* logits, int classes, const Rule* rule, const 
     put(words + 2, __float_as_uint(confidence), sequence);
     put(words + 3, status, sequence);
     put(words + 4, (unsigned)globaltimer(), sequence);
+    for (int spare = 5; spare < RECORD_WORDS; ++spare) put(words + spare, 0, sequence);
     if (status != 0 && answer && sample == 0) {
         __threadfence_system();
         put(answer, exit, sequence);

@@ -11,6 +11,7 @@ Frames count from 1, since zeroed memory looks like frame 0, and wrap within 32 
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,12 +60,14 @@ CONTROL = np.dtype(
 STATE = np.dtype([("label", np.int32), ("streak", np.int32)])
 
 _KERNELS = ("float32", "float16")
-#: The words of a record that are written: label, signal, confidence, status, time.
-_WRITTEN = 5
+#: The words of a record that say something: label, signal, confidence, status, time.
+_USED = 5
 _LOW = 0xFFFFFFFF
+#: Which half of a word in memory is the lower one.
+_LOWER = 0 if sys.byteorder == "little" else 1
 
 # Native alignment, for which struct loads each word at once: half a word could be another frame's.
-_words_of = struct.Struct(f"@{_WRITTEN}Q").unpack_from
+_words_of = struct.Struct(f"@{_USED}Q").unpack_from
 _bits = struct.Struct("=2I").pack
 _floats = struct.Struct("=2f").unpack
 
@@ -122,7 +125,7 @@ def _rule(policy: Policy, position: int, last: bool) -> tuple[np.float32, int, i
     if kind not in (Never, Threshold, Patience, PatientAndConfident):
         raise ConfigError(
             f"the policy {kind.__name__} can't be decided on the device",
-            remedy="The modes polling and sync decide on the host: --mode polling",
+            remedy="The modes polling and sync decide on the host: mode='polling'",
         )
     if last or isinstance(policy, Never):
         return unused, 0, 1
@@ -182,7 +185,8 @@ class Records:
         """
         if samples != 1:
             return self._read_batch(exit, samples, sequence)
-        label, signal, sure, status, time = _words_of(self._memory, exit * self._exit_bytes)
+        words = _words_of(self._memory, exit * self._exit_bytes)
+        label, signal, sure, status, time = words
         if not (
             label & _LOW == sequence
             and signal & _LOW == sequence
@@ -191,24 +195,48 @@ class Records:
             and time & _LOW == sequence
         ):
             return None
-        signal, sure = _floats(_bits(signal >> 32, sure >> 32))
-        decision = Decision(np.int64(label >> 32), np.float32(signal), np.float32(sure))
-        return Verdict(decision, status >> 32, time >> 32)
+        return _verdict(words)
 
     def _read_batch(self, exit: int, samples: int, sequence: int) -> Verdict | None:
         # A copy first: the device may write while we look.
-        words = self._table[exit, :samples, :_WRITTEN].T.copy()
+        words = self._table[exit, :samples, :_USED].T.copy()
         if (words & _LOW != sequence).any():
             return None
         label, signal, sure, status, time = (words >> 32).astype(np.uint32)
         decision = Decision(label.astype(np.int64), signal.view(np.float32), sure.view(np.float32))
         return Verdict(decision, status, time)
 
+    def copy(self, exits: int, sequence: int) -> bytes | None:
+        """What the first exits said of a frame of one image, None until all of it has arrived.
+
+        The time this takes does not depend on how many exits there are, as reading each would;
+        `verdict_of` reads one of them when somebody asks.
+
+        Args:
+            exits: How many have judged the frame.
+            sequence: The frame's number.
+        """
+        raw = self._memory[: exits * RECORD_BYTES].tobytes()
+        numbers = memoryview(raw).cast("I")[_LOWER::2].tobytes()
+        return raw if numbers == sequence.to_bytes(4, sys.byteorder) * (len(raw) // 8) else None
+
     def answer(self, sequence: int) -> int | None:
         """The exit where the first sample of a frame left, None as long as it has not."""
         assert self._answer is not None
         word = self._answer[0]
         return word >> 32 if word & _LOW == sequence else None
+
+
+def verdict_of(records: bytes, exit: int) -> Verdict:
+    """What an exit said, of a copy that `Records.copy` made."""
+    return _verdict(_words_of(records, exit * RECORD_BYTES))
+
+
+def _verdict(words: tuple[int, ...]) -> Verdict:
+    label, signal, sure, status, time = (word >> 32 for word in words)
+    bits = _floats(_bits(signal, sure))
+    decision = Decision(np.int64(label), np.float32(bits[0]), np.float32(bits[1]))
+    return Verdict(decision, status, time)
 
 
 def decide_twin(
@@ -283,5 +311,5 @@ def _write(
     record: NDArray[np.uint64], decision: Decision, status: int, now_ns: int, sequence: int
 ) -> None:
     signal, sure = (int(np.float32(x).view(np.uint32)) for x in decision[1:])
-    payloads = (int(decision.labels), signal, sure, status, now_ns & _LOW)
-    record[:_WRITTEN] = [payload << 32 | sequence for payload in payloads]
+    payloads = (int(decision.labels), signal, sure, status, now_ns & _LOW, 0, 0, 0)
+    record[:] = [payload << 32 | sequence for payload in payloads]

@@ -11,7 +11,7 @@ from edge_runtime.backends.cuda import decide
 from edge_runtime.backends.cuda.base import Body, Condition, Cuda
 from edge_runtime.backends.cuda.graphs import FramePlan, frame_graph
 from edge_runtime.backends.cuda.judge import Judge
-from edge_runtime.backends.cuda.slots import Slot
+from edge_runtime.backends.cuda.slots import NO_DEADLINE, Slot
 from edge_runtime.errors import BackendError, CudaError
 from edge_runtime.tensors import TensorSpec
 
@@ -91,6 +91,7 @@ class _Bench:
         self._judge.write(rules, self._stream)
         self._frames += 1
         self._slot.write(np.zeros((1, 1), np.uint8), self._frames)
+        self._slot.limit(NO_DEADLINE)
 
     def _put(self, body: Body, k: int, condition: Condition | None) -> None:
         call = self._judge.call(k, self._slot, self._logits, on_device=True, condition=condition)

@@ -13,6 +13,8 @@ import functools
 import importlib
 import importlib.util
 import threading
+import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
@@ -60,6 +62,7 @@ class PyCuda(Cuda):
         # The module pycuda.driver and a pycuda Context, once opened.
         self._driver: Any = None
         self._context: Any = None
+        self._kernels: weakref.WeakSet[_Kernel] = weakref.WeakSet()
 
     def open(self) -> PyCuda:
         """See `Cuda.open`."""
@@ -79,6 +82,8 @@ class PyCuda(Cuda):
         """See `Cuda.close`; on other threads the context goes when they end."""
         if self._context is not None:
             atexit.unregister(self._leave)
+            for kernel in list(self._kernels):
+                kernel.drop()
             with _explained(self._driver, "closing the device"):
                 self._leave().detach()
 
@@ -147,9 +152,14 @@ class PyCuda(Cuda):
         with _explained(driver, "loading the kernels"):
             module = driver.module_from_buffer(code)
         kernels: dict[str, Kernel] = {}
-        for name in names:
-            with _explained(driver, f"loading the kernel {name}"):
-                kernels[name] = _Kernel(name, module, module.get_function(name))
+        try:
+            for name in names:
+                with _explained(driver, f"loading the kernel {name}"):
+                    kernel = _Kernel(name, module, module.get_function(name))
+                self._kernels.add(kernel)
+                kernels[name] = kernel
+        finally:
+            del module  # an error's traceback would keep it beyond the context
         return kernels
 
     def graph(self) -> Graph:
@@ -255,8 +265,8 @@ class _Stream(Stream):
         """See `Stream.launch`."""
         assert isinstance(kernel, _Kernel)
         with _explained(self._driver, f"launching the kernel {kernel.name}"):
-            function = kernel.native.prepare([type(argument) for argument in arguments])
-            function.prepared_async_call((grid, 1), (block, 1, 1), self.native, *arguments)
+            kernel.native.prepare([type(argument) for argument in arguments])
+            kernel.native.prepared_async_call((grid, 1), (block, 1, 1), self.native, *arguments)
 
     def capture(self, work: Callable[[], None]) -> CapturedGraph:
         """See `Stream.capture`."""
@@ -264,12 +274,16 @@ class _Stream(Stream):
 
 
 class _Kernel(Kernel):
-    """A kernel and the module it is in."""
+    """A kernel and the module it is in, which must not outlive the context."""
 
     def __init__(self, name: str, module: Any, function: Any) -> None:
         self.name = name
         self.native = function
         self._module = module
+
+    def drop(self) -> None:
+        """Let go of everything native."""
+        self.native = self._module = None
 
 
 def _import_driver() -> Any:
@@ -299,9 +313,8 @@ def _import_driver() -> Any:
     try:
         driver.init()
     except driver.Error as error:
-        if _code(str(error)) == "CUDA_ERROR_NO_DEVICE":
-            raise _no_device() from error
-        raise _translated("starting the driver", error) from error
+        refused = _translated("starting the driver", error)
+        raise (_no_device() if "NO_DEVICE" in str(refused) else refused) from error
     return driver
 
 
@@ -389,21 +402,19 @@ def _explained(driver: Any, what: str) -> Iterator[None]:
     try:
         yield
     except driver.Error as error:
+        # pycuda's frames would keep its objects beyond the context, as long as the error is held.
+        traceback.clear_frames(error.__traceback__)
         raise _translated(what, error) from error
 
 
 def _translated(what: str, error: Exception) -> CudaError:
     """Our error for one of pycuda, whose text is "cuMemAlloc failed: out of memory"."""
     text = str(error).partition("\n")[0]
-    if code := _code(text):
-        return native_error(what, code, text.partition(" failed: ")[2])
-    return CudaError(f"{what}: {text}")
-
-
-def _code(text: str) -> str:
-    """The driver's name for the error that pycuda describes; empty if there is none."""
+    # Behind a dash may stand the log of the driver's own compiler.
     description = text.partition(" failed: ")[2].partition(" - ")[0].strip()
-    return _codes().get(description, "")
+    if code := _codes().get(description):
+        return native_error(what, code, description)
+    return CudaError(f"{what}: {text}")
 
 
 @functools.cache

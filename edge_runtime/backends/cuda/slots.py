@@ -62,10 +62,9 @@ class Slot:
         self.samples = len(images)
         self.sequence = sequence
         np.copyto(self._images[: self.samples], images, casting="no")
-        self.limit(NO_DEADLINE)
 
     def limit(self, deepest: int) -> None:
-        """From the exit `deepest` on, every sample leaves; before the frame is brought."""
+        """From the exit `deepest` on, every sample leaves; to be called before `bring`."""
         self._control[0] = (self.sequence, deepest, self.samples, 0)
 
     def bring(self, to: base.Stream | base.Body) -> None:

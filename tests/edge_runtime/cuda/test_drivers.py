@@ -191,7 +191,6 @@ class Bench:
         self.host: MappedMemory = self.keep(cuda.mapped_memory(N * 4))
         self.device = self.keep(cuda.memory(N * 4))
         self.flags: MappedMemory = self.keep(cuda.mapped_memory(N * 4))
-        stack.callback(self.kernels.clear)
 
     def write(self, value: float) -> None:
         """Fill the host's array."""
@@ -216,6 +215,11 @@ class Bench:
             8,
             [np.uint64(self.host.address), np.int32(N), np.float32(factor)],
         )
+
+    def increase(self, to: Stream | Body, by: float) -> None:
+        """Add a number to the host's array."""
+        arguments = [np.int8(N), np.float64(by), np.int16(0), np.uint32(0)]
+        to.launch(self.kernels["add"], 1, 4, [np.uint64(self.host.address), *arguments])
 
     def branch(self, body: Body, condition: Any, index: int) -> Body:
         """A branch that is entered if the flag is set."""
@@ -467,6 +471,45 @@ def test_a_stream_that_a_capture_leaves_behind(bench: Bench) -> None:
         assert bench.read() == 4
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_nodes_run_in_order(bench: Bench, seed: int) -> None:
+    bench.need_graphs()
+    random = np.random.default_rng(seed)
+    bench.choose(*random.integers(2, size=N))
+    flags = bench.flags.host.view(np.int32)
+    values = {"host": 1.0, "device": 0.0}
+    branches = iter(range(N))
+    with ExitStack() as stack:
+        captured = stack.enter_context(
+            bench.stream.capture(lambda: bench.scale(bench.stream, 2)),
+        )
+        graph = stack.enter_context(bench.cuda.graph())
+
+        def grow(body: Body, runs: bool, depth: int) -> None:
+            for kind in random.integers(5 if depth < 3 else 4, size=7):
+                if kind == 0:
+                    bench.increase(body, 1)
+                    values["host"] += runs
+                elif kind == 1:
+                    body.embed(captured.handle)
+                    values["host"] *= 1 + runs
+                elif kind == 2:
+                    body.copy(bench.device.address, bench.host.address, N * 4)
+                    values["device"] = values["host" if runs else "device"]
+                elif kind == 3:
+                    body.copy(bench.host.address, bench.device.address, N * 4)
+                    values["host"] = values["device" if runs else "host"]
+                elif (index := next(branches, None)) is not None:
+                    branch = bench.branch(body, graph.condition(), index)
+                    grow(branch, runs and bool(flags[index]), depth + 1)
+
+        grow(graph, True, 0)
+        executable = stack.enter_context(graph.instantiate())
+        bench.write(1)
+        executable.launch(bench.stream)
+        assert bench.read() == values["host"]
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_branches_are_taken_and_not_taken(bench: Bench, nested: bool) -> None:
     bench.need_graphs()
@@ -619,7 +662,15 @@ SILENT = {
         "cuStreamDestroy",
         "cuUserObjectRelease",
     },
-    "pycuda": {"cuEventDestroy", "cuModuleUnload", "cuStreamDestroy"},
+    "pycuda": {
+        "cuCtxPushCurrent",  # to let go of the context; before that it is told
+        "cuDevicePrimaryCtxRelease",
+        "cuEventDestroy",
+        "cuMemFree",
+        "cuMemFreeHost",
+        "cuModuleUnload",
+        "cuStreamDestroy",
+    },
 }
 #: A thread whose context can't be popped is lost to pycuda, and with it the process.
 FATAL = {"cuda-core": set[str](), "pycuda": {"cuCtxPopCurrent"}}
@@ -637,6 +688,7 @@ def test_every_refused_call_is_one_error_and_leaves_nothing(
     assert len(calls) > 25
     counts: Counter[str] = Counter()
     told: set[str] = set()
+    references = emulated.primary_references()
     for call in calls:
         counts[call] += 1
         emulated.fail(call, counts[call], code)
@@ -652,6 +704,7 @@ def test_every_refused_call_is_one_error_and_leaves_nothing(
             assert call in SILENT[name], f"nobody heard that {call} no. {counts[call]} failed"
         assert not emulated.failures_left(), f"{call} no. {counts[call]} was not made"
         assert not _left(emulated, name), f"{call} no. {counts[call]}"
+        assert emulated.primary_references() == references, f"{call} no. {counts[call]}"
     assert told >= set(calls) - SILENT[name]
     capfd.readouterr()  # warnings of the packages, on the silent ones
 
@@ -729,7 +782,7 @@ def test_a_driver_without_conditional_nodes(emulated: Emulated) -> None:
     assert device.why_no_graphs() == (
         "the driver is for CUDA 12.2; conditional nodes need 12.4 (JetPack 6.1)"
     )
-    with pytest.raises(BackendUnavailable, match=r"cuda-core can't build .*12\.4 .*--mode polling"):
+    with pytest.raises(BackendUnavailable, match=r"cuda-core can't build .*12\.4 .*mode='polling'"):
         device.graph()
     device.memory(8).close()
     device.close()
@@ -781,6 +834,20 @@ def test_the_second_device(name: str, emulated: Emulated) -> None:
     first, second = map(int, done.stdout.split())
     assert first == 0
     assert second > 0
+
+
+@pytest.mark.usefixtures("emulated")
+def test_a_process_may_end_with_everything_open(name: str) -> None:
+    code = (
+        "import threading; from tests.cuda_without_gpu import load; load().reset();"
+        "from tests.edge_runtime.cuda.test_drivers import MAKERS;"
+        f"device = MAKERS[{name!r}]().open(); stream, event = device.stream(), device.event();"
+        "memory = device.memory(8), device.mapped_memory(8);"
+        "thread = threading.Thread(target=device.make_current); thread.start(); thread.join();"
+        "print('end')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
 @pytest.mark.parametrize(

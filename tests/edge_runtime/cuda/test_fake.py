@@ -255,7 +255,7 @@ class TestConditions:
 def test_without_graphs_there_are_none() -> None:
     cuda = FakeCuda(graphs="the driver is too old")
     for call in (cuda.graph, lambda: cuda.stream().capture(lambda: None)):
-        with pytest.raises(BackendUnavailable, match=r"the driver is too old.*--mode polling"):
+        with pytest.raises(BackendUnavailable, match=r"the driver is too old.*mode='polling'"):
             call()
 
 

@@ -268,7 +268,7 @@ class TestTheBestMode:
 
         with on_device(CASCADE, Point("mine"), mode="polling") as device:
             assert device(images(CASCADE, 1)[0]).exit == "exit1"
-        with pytest.raises(ConfigError, match=r"Mine can't be decided.*--mode polling"):
+        with pytest.raises(ConfigError, match=r"Mine can't be decided.*mode='polling'"):
             on_device(CASCADE, Point("mine"), mode="graph").open()
 
 
