@@ -38,6 +38,7 @@ EXTRAS = {
     # JetPack 6 brings CUDA 12 and Python 3.10, JetPack 7 CUDA 13 and Python 3.12.
     "jetson": [
         "cuda-core[cu12]>=1.1 ; python_version < '3.12'",
+        "cuda-bindings>=12.9.4",  # 12.9.0 to 12.9.2 crash when the process ends
         "cuda-core[cu13]>=1.1 ; python_version >= '3.12'",
         "pycuda>=2026.1",
     ],

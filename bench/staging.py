@@ -104,21 +104,21 @@ def export_vit_tiny(out: Path) -> er.Bundle:
         BackendUnavailable: torch is not installed.
     """
     try:
-        from bench import vit_tiny
+        from bench import vit
     except ImportError as error:
         raise missing_package("torch", "export") from error
     from engines.export import export_stages
     from engines.preprocess import PreprocessSpec
 
-    stages, exits = vit_tiny.stages()
-    size = (vit_tiny.IMAGE, vit_tiny.IMAGE)
+    stages, exits = vit.stages()
+    size = (vit.TINY.image, vit.TINY.image)
     return export_stages(
         stages,
         [er.Exit(name, logits) for name, logits in exits],
         example=_image()[None],
         image_size=size,
         preprocess=PreprocessSpec(size=size, mean=(0.5,) * 3, std=(0.5,) * 3),
-        classes=[str(i) for i in range(vit_tiny.CLASSES)],
+        classes=[str(i) for i in range(vit.TINY.classes)],
         out=out,
         name="vit-tiny-random",
     )

@@ -16,7 +16,8 @@ from tests.host_kernels import find_compiler
 
 SUPPORTED = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
 
-SOURCE = Path(__file__).with_name("libcuda.cpp")
+FOLDER = Path(__file__).parent
+SOURCES = ("libcuda.cpp", "machine.h", "abi.h")  # the first includes the others
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror")
 # How the loader knows it: whoever asks for libcuda.so.1 later gets this one.
 SONAME = "-Wl,-soname,libcuda.so.1"
@@ -130,7 +131,8 @@ def load() -> Emulated:
 def _compile() -> Path:
     """Path of the library; several processes may ask at the same time."""
     compiler = find_compiler()
-    recipe = "\n".join([*compiler, *FLAGS, SONAME, platform.machine(), SOURCE.read_text()])
+    texts = [(FOLDER / name).read_text() for name in SOURCES]
+    recipe = "\n".join([*compiler, *FLAGS, SONAME, platform.machine(), *texts])
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(root) / "edge-runtime-tests" / "cuda"
     library = folder / hashlib.sha256(recipe.encode()).hexdigest()[:16] / "libcuda.so.1"
@@ -140,10 +142,10 @@ def _compile() -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         made = Path(temporary) / "libcuda.so.1"
-        command = [*compiler, *FLAGS, SONAME, str(SOURCE), "-o", str(made), "-ldl"]
+        command = [*compiler, *FLAGS, SONAME, str(FOLDER / SOURCES[0]), "-o", str(made), "-ldl"]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode != 0:
-            raise RuntimeError(f"the C++ compiler refused {SOURCE.name}:\n{result.stderr}")
+            raise RuntimeError(f"the C++ compiler refused the driver:\n{result.stderr}")
         made.replace(library)
     return library
 

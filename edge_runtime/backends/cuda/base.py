@@ -5,7 +5,7 @@ executes on the CPU and refuses what CUDA forbids. Everything happens in the dev
 context, which torch and TensorRT use too, so that addresses mean the same to all of them.
 
 Work is asynchronous: what is put on a stream runs later, in order, and reads its arguments then.
-Whoever enqueues keeps the memory alive until the stream has been waited for.
+Whoever enqueues keeps memory and kernels alive until the stream has been waited for.
 """
 
 from __future__ import annotations

@@ -505,26 +505,28 @@ class _Body(Body):
     def __init__(self, native: _Native, definition: Any) -> None:
         self._native = native
         self._definition = definition
-        # What the next node depends on; the definition itself stands for the begin.
-        self._last = definition
+        # Each depends on the one before; the definition itself stands for the begin. cuda-core
+        # knows the nodes that are held, and would have to ask the driver what the others are.
+        self._nodes = [definition]
         self._branches: list[_Body] = []
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """See `Body.copy`."""
         with self._native.explained(f"adding a copy of {nbytes} bytes to a graph"):
-            self._last = self._last.memcpy(target, source, nbytes)
+            self._nodes.append(self._nodes[-1].memcpy(target, source, nbytes))
 
     def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Argument]) -> None:
         """See `Body.launch`."""
         with self._native.explained(f"adding the kernel {kernel.name} to a graph"):
             config = self._native.core.LaunchConfig(grid=grid, block=block)
             native_kernel = _native_kernel(kernel)
-            self._last = self._last.launch(config, native_kernel, *_values(arguments))
+            last = self._nodes[-1]
+            self._nodes.append(last.launch(config, native_kernel, *_values(arguments)))
 
     def embed(self, graph: int) -> None:
         """See `Body.embed`."""
         what, driver = "embedding a graph", self._native.driver
-        before = [] if self._last is self._definition else [self._last.handle]
+        before = [node.handle for node in self._nodes[1:][-1:]]
         added = self._native.call(
             what,
             driver.cuGraphAddChildGraphNode,
@@ -535,14 +537,14 @@ class _Body(Body):
         )
         with self._native.explained(what):
             nodes = self._definition.nodes()
-            self._last = next(node for node in nodes if int(node.handle) == int(added))
+            self._nodes.append(next(node for node in nodes if int(node.handle) == int(added)))
 
     def branch(self, condition: Condition) -> Body:
         """See `Body.branch`."""
         assert isinstance(condition, _Condition)
         with self._native.explained("adding a branch to a graph"):
-            self._last = self._last.if_then(condition.native)
-            body = _Body(self._native, self._last.then)
+            self._nodes.append(self._nodes[-1].if_then(condition.native))
+            body = _Body(self._native, self._nodes[-1].then)
         self._branches.append(body)
         return body
 
@@ -551,7 +553,8 @@ class _Body(Body):
         for branch in self._branches:
             branch._drop()
         self._branches.clear()
-        self._definition = self._last = None
+        self._nodes.clear()
+        self._definition = None
 
 
 class _Graph(_Body, Graph):

@@ -4,8 +4,8 @@
 // decide.py has the same structs for numpy, and a twin of the kernel. It includes nothing, so that
 // NVRTC needs no headers; the tests run it on the CPU too.
 
-#ifdef __CUDACC_RTC__
-#ifdef GRAPH_CONDITIONALS
+#ifdef __CUDACC__
+#if defined(__CUDACC_RTC__) && defined(GRAPH_CONDITIONALS)
 // The runtime's own header declares it so; NVRTC knows the symbol and needs no device library.
 typedef unsigned long long cudaGraphConditionalHandle;
 extern "C" __device__ __cudart_builtin__ void CUDARTAPI

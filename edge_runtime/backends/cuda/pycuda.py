@@ -16,7 +16,7 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, ClassVar
 
 import numpy as np
@@ -74,25 +74,22 @@ class PyCuda(Cuda):
             _enter(driver, context, self._index)
             undo.pop_all()
         self._driver, self._context = driver, context
-        # pycuda ends a process that exits with a context pushed.
-        atexit.register(self._leave)
+        # pycuda ends a process by abort() that exits with a context pushed.
+        atexit.register(self.close)
         return self
 
     def close(self) -> None:
         """See `Cuda.close`; on other threads the context goes when they end."""
-        if self._context is not None:
-            atexit.unregister(self._leave)
-            for kernel in list(self._kernels):
-                kernel.drop()
-            with _explained(self._driver, "closing the device"):
-                self._leave().detach()
-
-    def _leave(self) -> Any:
-        """Pop the context from this thread, and forget it."""
         context, self._context = self._context, None
-        if pushed := _pushed().pop(context.handle, None):
-            pushed.pop()
-        return context
+        if context is None:
+            return
+        atexit.unregister(self.close)
+        for kernel in list(self._kernels):
+            kernel.drop()
+        with _explained(self._driver, "closing the device"):
+            if pushed := _pushed().pop(context.handle, None):
+                pushed.pop()
+            context.detach()
 
     def make_current(self) -> None:
         """See `Cuda.make_current`."""
@@ -170,8 +167,9 @@ class PyCuda(Cuda):
 class _Pushed:
     """A context that is pushed on a thread until `pop`, which the thread's end calls too."""
 
-    def __init__(self, context: Any) -> None:
+    def __init__(self, driver: Any, context: Any) -> None:
         self._thread = 0
+        self._driver = driver
         context.push()
         self._context = context
         self._thread = threading.get_ident()
@@ -183,7 +181,9 @@ class _Pushed:
             self._context.pop()
 
     def __del__(self) -> None:
-        self.pop()
+        # Where the device was closed before, pycuda has popped it already, and refuses.
+        with suppress(self._driver.Error):
+            self.pop()
 
 
 class _Memory(Memory):
@@ -363,7 +363,7 @@ def _enter(driver: Any, context: Any, index: int) -> None:
             "instead",
         )
     if context.handle not in _pushed():
-        _pushed()[context.handle] = _Pushed(context)
+        _pushed()[context.handle] = _Pushed(driver, context)
 
 
 def _pushed() -> dict[int, _Pushed]:

@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edge_runtime.backends.cuda import decide, probe
 from edge_runtime.backends.cuda.base import Body, Cuda, Kernel, MappedMemory, Stream
 from edge_runtime.backends.cuda.core import CudaCore
 from edge_runtime.backends.cuda.fake import FakeCuda
 from edge_runtime.backends.cuda.pycuda import PyCuda
 from edge_runtime.errors import BackendUnavailable, CudaError
 from tests import host_kernels
-from tests.cuda_without_gpu import SUPPORTED, Emulated, NotEmulatedError, load
+from tests.cuda_without_gpu import Emulated
 from tests.cuda_without_gpu.driver import (
     ILLEGAL_ADDRESS,
     INVALID_IMAGE,
@@ -91,26 +92,10 @@ KEPT = {"cuda-core": {"library"}, "pycuda": set[str]()}
 
 
 @pytest.fixture(scope="session")
-def emulated_driver() -> Emulated:
-    if not SUPPORTED:
-        pytest.skip("the emulated CUDA driver exists for Linux on x86-64 and aarch64 only")
-    try:
-        driver = load()
-    except NotEmulatedError as error:
-        pytest.skip(f"no emulated CUDA driver: {error}")
+def emulated_driver(emulated_driver: Emulated) -> Emulated:
     names = (*KERNELS, "choose")
-    driver.register(host_kernels.compile_host([SOURCE], names), names)
-    return driver
-
-
-@pytest.fixture
-def emulated(emulated_driver: Emulated) -> Iterator[Emulated]:
-    """The emulated driver as at the start of a process."""
-    emulated_driver.reset()
-    yield emulated_driver
-    problems = emulated_driver.problems()
-    emulated_driver.reset()
-    assert not problems
+    emulated_driver.register(host_kernels.compile_host([SOURCE], names), names)
+    return emulated_driver
 
 
 def _require_package(name: str) -> None:
@@ -836,14 +821,24 @@ def test_the_second_device(name: str, emulated: Emulated) -> None:
     assert second > 0
 
 
-@pytest.mark.usefixtures("emulated")
-def test_a_process_may_end_with_everything_open(name: str) -> None:
+ENDS = {
+    "a process, everything open": "thread.start(); leave.set(); thread.join()",
+    "a thread, the device closed": "thread.start(); entered.wait();"
+    "memory[0].close(); memory[1].close(); stream.close(); event.close(); device.close();"
+    "leave.set(); thread.join(); again = make().open(); again.close()",
+}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_what_may_end(name: str, end: str) -> None:
     code = (
-        "import threading; from tests.cuda_without_gpu import load; load().reset();"
-        "from tests.edge_runtime.cuda.test_drivers import MAKERS;"
-        f"device = MAKERS[{name!r}]().open(); stream, event = device.stream(), device.event();"
-        "memory = device.memory(8), device.mapped_memory(8);"
-        "thread = threading.Thread(target=device.make_current); thread.start(); thread.join();"
+        "import threading; from tests.cuda_without_gpu import load; load().reset()\n"
+        f"from tests.edge_runtime.cuda.test_drivers import MAKERS; make = MAKERS[{name!r}]\n"
+        "device = make().open(); stream, event = device.stream(), device.event()\n"
+        "memory = device.memory(8), device.mapped_memory(8)\n"
+        "entered, leave = threading.Event(), threading.Event()\n"
+        "def work(): device.make_current(); entered.set(); leave.wait()\n"
+        f"thread = threading.Thread(target=work); {end}\n"
         "print('end')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -889,11 +884,24 @@ def test_importing_them_imports_no_cuda() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_modes_are_found_by_running_them(name: str, emulated: Emulated) -> None:
+    kernels = [
+        decide.kernel_name(dtype, conditional)
+        for dtype in ("float32", "float16")
+        for conditional in (False, True)
+    ]
+    emulated.register(host_kernels.compile_host([decide.SOURCE], kernels), kernels)
+    device = MAKERS[name]().open()
+    reasons = probe.why_not(device, batch=1)
+    assert [mode for mode, why in reasons.items() if why] == (["graph"] if name == "pycuda" else [])
+    device.close()
+    assert not _left(emulated, name)
+
+
 # ---- The emulated driver itself notices what it is there to notice. ----
 
 
-def test_the_emulation_notices_freed_memory(emulated_driver: Emulated) -> None:
-    emulated_driver.reset()
+def test_the_emulation_notices_freed_memory(begun: Emulated) -> None:
     device = CudaCore().open()
     stream, memory = device.stream(), device.memory(N * 4)
     kernels: dict[str, Kernel] = device.kernels(SOURCE, KERNELS)
@@ -904,22 +912,19 @@ def test_the_emulation_notices_freed_memory(emulated_driver: Emulated) -> None:
     with pytest.raises(CudaError, match="ILLEGAL_ADDRESS"):
         stream.copy(memory.address, memory.address, 4)
     ctypes.memset(memory.address, 1, 1)
-    assert emulated_driver.problems() == [
+    assert begun.problems() == [
         "the kernel scale was given memory that had been freed",
         "memory was written after it was freed",
     ]
     stream.close()
     device.close()
-    emulated_driver.reset()
 
 
-def test_the_emulation_notices_what_is_left(emulated_driver: Emulated) -> None:
-    emulated_driver.reset()
+def test_the_emulation_notices_what_is_left(begun: Emulated) -> None:
     device = CudaCore().open()
     memory, stream = device.memory(24), device.stream()
-    assert _left(emulated_driver, "cuda-core") == {"bytes": 24, "stream": 1}
+    assert _left(begun, "cuda-core") == {"bytes": 24, "stream": 1}
     memory.close()
     stream.close()
     device.close()
-    assert not _left(emulated_driver, "cuda-core")
-    emulated_driver.reset()
+    assert not _left(begun, "cuda-core")
