@@ -41,6 +41,10 @@ from edge_runtime.errors import BackendUnavailable, CudaError, missing_package
 OLDEST_DRIVER = (12, 0)
 OLDEST_DRIVER_FOR_GRAPHS = (12, 4)
 
+#: (source, architecture, conditionals) -> code; compiling takes some tenths of a second, and
+#: opening a cascade needs the same kernels twice.
+_cubins: dict[tuple[str, str, bool], bytes] = {}
+
 
 class CudaCore(Cuda):
     """One GPU by cuda-core.
@@ -275,15 +279,22 @@ class _Native:
         return device
 
     def compile(self, source: str, compute_capability: tuple[int, int], conditionals: bool) -> Any:
-        """Compile CUDA C++ to cuda-core's ObjectCode."""
-        options = self.core.ProgramOptions(
-            name="edge_runtime",
-            std="c++17",
-            arch="sm_{}{}".format(*compute_capability),
-            define_macro="GRAPH_CONDITIONALS" if conditionals else None,
-        )
+        """Compile CUDA C++ to cuda-core's ObjectCode, once per process."""
+        arch = "sm_{}{}".format(*compute_capability)
+        key = (source, arch, conditionals)
+        if key not in _cubins:
+            options = self.core.ProgramOptions(
+                name="edge_runtime",
+                std="c++17",
+                arch=arch,
+                define_macro="GRAPH_CONDITIONALS" if conditionals else None,
+            )
+            _cubins[key] = self._compiled(source, options)
+        return self.core.ObjectCode.from_cubin(_cubins[key])
+
+    def _compiled(self, source: str, options: Any) -> bytes:
         try:
-            return self.core.Program(source, "c++", options).compile("cubin")
+            return bytes(self.core.Program(source, "c++", options).compile("cubin").code)
         except self.error as error:
             lines = str(error).splitlines()
             first = next((line for line in lines if ": error" in line), lines[0])

@@ -10,7 +10,6 @@ import ctypes
 import gc
 import importlib.metadata
 import importlib.util
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -86,7 +85,14 @@ def _fake() -> FakeCuda:
 
 
 MAKERS: dict[str, Callable[[], Cuda]] = {"cuda-core": CudaCore, "pycuda": PyCuda}
-EMULATED = tuple(MAKERS)
+#: Those that a driver, emulated or real, stands behind.
+EMULATED = ("cuda-core", pytest.param("pycuda", marks=pytest.mark.pycuda))
+REAL = (
+    *EMULATED,
+    pytest.param("cuda-core on the GPU", marks=pytest.mark.gpu),
+    pytest.param("pycuda on the GPU", marks=[pytest.mark.gpu, pytest.mark.pycuda]),
+)
+real = pytest.mark.parametrize("cuda", REAL, indirect=True)
 #: What cuda-core 1.2 never gives back: it loads a library once and keeps it.
 KEPT = {"cuda-core": {"library"}, "pycuda": set[str]()}
 
@@ -96,14 +102,6 @@ def emulated_driver(emulated_driver: Emulated) -> Emulated:
     names = (*KERNELS, "choose")
     emulated_driver.register(host_kernels.compile_host([SOURCE], names), names)
     return emulated_driver
-
-
-def _require_package(name: str) -> None:
-    if name == "pycuda":
-        if importlib.util.find_spec("pycuda") is None:
-            pytest.skip("pycuda is not installed; it is built from source, with a CUDA toolkit")
-        if shutil.which("nvcc") is None:
-            pytest.skip("nvcc is not on PATH, by which pycuda compiles kernels")
 
 
 def _left(emulated: Emulated, name: str) -> Counter[str]:
@@ -117,13 +115,7 @@ def _left(emulated: Emulated, name: str) -> Counter[str]:
     return left
 
 
-@pytest.fixture(
-    params=[
-        *EMULATED,
-        "fake",
-        *(pytest.param(f"{name} on the GPU", marks=pytest.mark.gpu) for name in MAKERS),
-    ]
-)
+@pytest.fixture(params=["fake", *REAL])
 def cuda(request: pytest.FixtureRequest) -> Iterator[Cuda]:
     """An open device of each implementation; nothing may be left when it is closed."""
     name = request.param
@@ -133,7 +125,6 @@ def cuda(request: pytest.FixtureRequest) -> Iterator[Cuda]:
         with_device.close()
         return
     package = name.removesuffix(" on the GPU")
-    _require_package(package)
     if name != package:
         device = MAKERS[package]().open()
         yield device
@@ -153,7 +144,6 @@ def cuda(request: pytest.FixtureRequest) -> Iterator[Cuda]:
 @pytest.fixture(params=EMULATED)
 def name(request: pytest.FixtureRequest, emulated: Emulated) -> str:
     """The implementations that a driver can refuse."""
-    _require_package(request.param)
     return str(request.param)
 
 
@@ -321,9 +311,9 @@ def test_a_second_thread_works_after_make_current(bench: Bench) -> None:
         assert pool.submit(work).result() == 5
 
 
+@pytest.mark.parametrize("cuda", [pytest.param("pycuda", marks=pytest.mark.pycuda)], indirect=True)
 def test_without_graphs_it_says_so(cuda: Cuda) -> None:
-    if not cuda.why_no_graphs():
-        pytest.skip("it has graphs")
+    assert cuda.why_no_graphs()
     with cuda.stream() as stream:
         for attempt in (cuda.graph, lambda: stream.capture(lambda: None)):
             with pytest.raises(BackendUnavailable, match=r"can't build CUDA graphs here: .*core"):
@@ -359,10 +349,9 @@ def test_a_capture_runs_nothing_and_its_graph_does(bench: Bench) -> None:
         assert bench.read() == -12
 
 
+@real
 def test_two_streams_in_one_capture(bench: Bench) -> None:
     bench.need_graphs()
-    if isinstance(bench.cuda, FakeCuda):
-        pytest.skip("the fake captures one stream at a time")
     bench.write(1)
     with ExitStack() as stack:
         other = stack.enter_context(bench.cuda.stream())
@@ -418,10 +407,9 @@ def test_an_error_ends_a_capture(bench: Bench) -> None:
         pass
 
 
+@real
 def test_other_threads_go_on_during_a_capture(bench: Bench) -> None:
     bench.need_graphs()
-    if isinstance(bench.cuda, FakeCuda):
-        pytest.skip("the fake knows no threads")
 
     def allocate() -> None:
         bench.cuda.make_current()
@@ -435,10 +423,9 @@ def test_other_threads_go_on_during_a_capture(bench: Bench) -> None:
     bench.stream.capture(work).close()
 
 
+@real
 def test_a_stream_that_a_capture_leaves_behind(bench: Bench) -> None:
     bench.need_graphs()
-    if isinstance(bench.cuda, FakeCuda):
-        pytest.skip("the fake captures one stream at a time")
     with bench.cuda.stream() as other, bench.cuda.event() as fork:
 
         def work() -> None:
@@ -574,9 +561,8 @@ def test_a_condition_belongs_to_one_branch_of_its_graph(bench: Bench) -> None:
             graph.branch(other.condition())
 
 
+@real
 def test_what_the_compiler_refuses(cuda: Cuda) -> None:
-    if isinstance(cuda, FakeCuda):
-        pytest.skip("the fake compiles nothing")
     with pytest.raises(
         CudaError, match=r'compiling the kernels: .*"nonsense" is undefined'
     ) as info:
