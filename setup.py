@@ -14,6 +14,7 @@ PACKAGES = [
     "engines",
     "calib",
     "bench",
+    "bench.gpu",
 ]
 
 CLI = ["PyYAML", "rich"]  # configuration files and tables

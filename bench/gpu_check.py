@@ -21,15 +21,8 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from bench import (
-    gpu_endurance,
-    gpu_environment,
-    gpu_results,
-    gpu_tensorrt,
-    gpu_timing,
-    gpu_torch,
-)
-from bench.gpu_lab import Lab, NotRun, SharedCuda
+from bench.gpu import endurance, environment, results, tensorrt, timing, torch
+from bench.gpu.lab import Lab, NotRun, SharedCuda
 from edge_runtime import options
 from edge_runtime.backends.cuda.backend import Package, open_cuda
 from edge_runtime.backends.cuda.base import Cuda
@@ -71,22 +64,22 @@ class Check(NamedTuple):
 
 #: In this order, so that what the others rest on comes first, and what may crash last.
 CHECKS: dict[str, Check] = {
-    "environment": Check(gpu_environment.environment, 5),
-    "probe": Check(gpu_results.modes, 5),
-    "waits": Check(gpu_results.waits, 5),
-    "errors": Check(gpu_results.refusals, 5),
-    "identical": Check(gpu_results.identical, 70),
-    "switch": Check(gpu_results.switch, 10),
-    "second_thread": Check(gpu_results.second_thread, 10),
-    "launch": Check(gpu_timing.launch, 10),
-    "conditional_node": Check(gpu_timing.conditional_node, 20),
-    "depth": Check(gpu_timing.depth, 50),
-    "cost_per_exit": Check(gpu_timing.cost_per_exit, 40),
-    "overlap": Check(gpu_timing.overlap, 15),
-    "endurance": Check(gpu_endurance.endurance, 45),
-    "models": Check(gpu_torch.models, 80),
-    "contract": Check(gpu_endurance.contract, 60),
-    "tensorrt": Check(gpu_tensorrt.check, 30),
+    "environment": Check(environment.environment, 5),
+    "probe": Check(results.modes, 5),
+    "waits": Check(results.waits, 5),
+    "errors": Check(results.refusals, 5),
+    "identical": Check(results.identical, 70),
+    "switch": Check(results.switch, 10),
+    "second_thread": Check(results.second_thread, 10),
+    "launch": Check(timing.launch, 10),
+    "conditional_node": Check(timing.conditional_node, 20),
+    "depth": Check(timing.depth, 50),
+    "cost_per_exit": Check(timing.cost_per_exit, 40),
+    "overlap": Check(timing.overlap, 15),
+    "endurance": Check(endurance.endurance, 45),
+    "models": Check(torch.models, 80),
+    "contract": Check(endurance.contract, 60),
+    "tensorrt": Check(tensorrt.check, 30),
 }
 
 
@@ -209,7 +202,7 @@ class _Result:
             "quick": quick,
             "scale": lab.scale,
             "complete": False,
-            "environment": clean(_guarded(functools.partial(gpu_environment.environment, lab))),
+            "environment": clean(_guarded(functools.partial(environment.environment, lab))),
             "checks": {},
         }
 
@@ -224,7 +217,7 @@ class _Result:
         for name in left:
             self.data["checks"][name] = _not_run("interrupted")
         self.data["complete"] = not left
-        state = _guarded(functools.partial(gpu_environment.gpu_state, lab))
+        state = _guarded(functools.partial(environment.gpu_state, lab))
         self.data["state_at_the_end"] = clean(state)
         self.data["seconds"] = round(time.monotonic() - self._begin, 1)
 

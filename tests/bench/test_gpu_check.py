@@ -18,19 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import (
-    gpu_check,
-    gpu_endurance,
-    gpu_environment,
-    gpu_inputs,
-    gpu_results,
-    gpu_tensorrt,
-    gpu_timing,
-    gpu_torch,
-    kernel_stages,
-)
+from bench import gpu_check
+from bench.gpu import endurance as gpu_endurance
+from bench.gpu import environment as gpu_environment
+from bench.gpu import inputs as gpu_inputs
+from bench.gpu import kernel_stages
+from bench.gpu import results as gpu_results
+from bench.gpu import tensorrt as gpu_tensorrt
+from bench.gpu import timing as gpu_timing
+from bench.gpu import torch as gpu_torch
+from bench.gpu.lab import Lab, NotRun, SharedCuda
 from bench.gpu_check import Check
-from bench.gpu_lab import Lab, NotRun, SharedCuda
 from edge_runtime import cli
 from edge_runtime.backends.cuda import decide
 from edge_runtime.backends.cuda.backend import CudaBackend
@@ -835,7 +833,8 @@ def modules_on_the_fake(cuda: FakeCuda, modules: Any) -> Any:
 @pytest.fixture(scope="module")
 def made() -> dict[str, Any]:
     pytest.importorskip("torch")
-    from bench import gpu_models, vit
+    from bench import vit
+    from bench.gpu import models as gpu_models
 
     size = vit.Size(width=24, heads=3, blocks=4, patch=8, image=32, classes=7)
     return {
@@ -872,7 +871,8 @@ class TestModels:
         pytest.importorskip("torch")
         import torch
 
-        from bench import gpu_models, vit
+        from bench import vit
+        from bench.gpu import models as gpu_models
 
         with torch.device("meta"):
             transformer = gpu_models.vit_with_exits()
@@ -891,7 +891,7 @@ class TestModels:
 
     def test_every_subject_at_every_place(self, made, monkeypatch):
         """On the CPU: captures are recorded and run again, stages are the fake device's."""
-        from bench import gpu_models
+        from bench.gpu import models as gpu_models
         from edge_runtime.backends.torch import TorchBackend
 
         cuda = fake()

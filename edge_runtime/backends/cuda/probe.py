@@ -12,7 +12,7 @@ from edge_runtime.backends.cuda.base import Body, Condition, Cuda
 from edge_runtime.backends.cuda.graphs import FramePlan, frame_graph
 from edge_runtime.backends.cuda.judge import Judge
 from edge_runtime.backends.cuda.slots import NO_DEADLINE, Slot
-from edge_runtime.errors import BackendError, CudaError
+from edge_runtime.errors import CudaError
 from edge_runtime.tensors import TensorSpec
 
 #: Modes from the best to the plainest, and what each does at an exit.
@@ -96,17 +96,3 @@ class _Bench:
     def _put(self, body: Body, k: int, condition: Condition | None) -> None:
         call = self._judge.call(k, self._slot, self._logits, on_device=True, condition=condition)
         body.launch(*call)
-
-
-def check(mode: str, reasons: dict[str, str]) -> None:
-    """Refuse a mode that is not available.
-
-    Raises:
-        BackendError: With the reason, and the modes that remain.
-    """
-    if reasons[mode]:
-        remain = ", ".join(name for name, reason in reasons.items() if not reason)
-        raise BackendError(
-            f"the mode {mode!r} is not available: {reasons[mode]}",
-            remedy=f"These are: {remain}",
-        )

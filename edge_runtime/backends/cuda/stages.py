@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from edge_runtime.backends.cuda.base import Cuda, Stream
+from edge_runtime.backends.cuda.base import Cuda, Memory, Stream
 from edge_runtime.cascade import Stage
 from edge_runtime.tensors import TensorSpec
 
@@ -94,6 +95,64 @@ class DeviceStages(ABC):
     @abstractmethod
     def precision(self, stage: str) -> str:
         """The precision at which a stage was loaded."""
+
+
+class LaunchedStages(DeviceStages):
+    """Stages that put their work on a stream: brings them their outputs, and captures them."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._memory: dict[tuple[str, int], Memory] = {}
+        self._captured: dict[tuple[str, int], int] = {}
+        self._stages: dict[str, Stage] = {}
+        self._specs: dict[str, TensorSpec] = {}
+
+    def open(self, cuda: Cuda, work: Work, stream: Stream) -> None:
+        """Allocate the outputs, load, and run every stage once."""
+        self._cuda, self._work = cuda, work
+        self._stages = {stage.name: stage for stage in work.stages}
+        self._specs = {work.image.name: work.image}
+        for stage in work.stages:
+            for spec in stage.outputs:
+                self._specs[spec.name] = spec
+                for slot in range(len(work.images) if spec.name in work.slotted else 1):
+                    memory = self._stack.enter_context(cuda.memory(work.nbytes(spec)))
+                    self._memory[spec.name, slot] = memory
+        self._load()
+        for stage in work.stages:
+            for slot in work.slots_of(stage):
+                self.enqueue(stage.name, slot, stream)
+        stream.synchronize()
+
+    @abstractmethod
+    def _load(self) -> None:
+        """Get ready for `enqueue`; what `_stack` is given is closed by `close`."""
+
+    def close(self) -> None:
+        """Free the outputs and what was captured."""
+        self._memory, self._captured = {}, {}
+        stack, self._stack = self._stack, ExitStack()
+        stack.close()
+
+    def captured(self, stage: str, slot: int) -> int:
+        """Capture what `enqueue` does, once."""
+        slot = slot if slot in self._work.slots_of(self._stages[stage]) else 0
+        if (stage, slot) not in self._captured:
+            with self._cuda.stream() as stream:
+                graph = stream.capture(lambda: self.enqueue(stage, slot, stream))
+            self._stack.enter_context(graph)
+            self._captured[stage, slot] = graph.handle
+        return self._captured[stage, slot]
+
+    def address(self, tensor: str, slot: int) -> int:
+        """Address of an output, or of the image."""
+        if tensor == self._work.image.name:
+            return self._work.images[slot]
+        return self._memory[tensor, slot if tensor in self._work.slotted else 0].address
+
+    def precision(self, stage: str) -> str:
+        """The variant that was asked for, else "fp32"."""
+        return self._work.variants.get(stage, "fp32")
 
 
 def sample_nbytes(spec: TensorSpec) -> int:

@@ -1,4 +1,4 @@
-"""A cascade whose images carry the logits of every exit, so that a test says what an exit sees."""
+"""The cascade of bench.gpu.kernel_stages, whose images say what each exit sees, on two fakes."""
 
 from __future__ import annotations
 
@@ -7,32 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime import Cascade, Exit, Scheduler, Stage, TensorSpec
+from bench.gpu.kernel_stages import NAN, cascade, images
+from edge_runtime import Cascade, Scheduler
 from edge_runtime.backends.cuda.backend import CudaBackend, CudaOptions
 from edge_runtime.backends.cuda.fake import FakeCuda
 from edge_runtime.backends.cuda.fake_stages import FakeStages
 from edge_runtime.backends.fake import FakeBackend
 from edge_runtime.operating_point import OperatingPoint
 
-#: A pixel of this value is a logit that is not a number: images themselves must be finite.
-NAN = np.float32(1e30)
-
-
-def cascade(exits: int = 4, classes: int = 5, dtype: str = "float32") -> Cascade:
-    """Preprocess, then a segment and a head per exit."""
-    image = TensorSpec("image", ("batch", exits, classes), "float32")
-    pixels = TensorSpec("pixels", ("batch", exits, classes), "float32")
-    stages = [Stage("preprocess", "preprocess", (image,), (pixels,))]
-    found, before = [], pixels
-    for k in range(exits):
-        after = TensorSpec(f"features{k}", ("batch", exits, classes), "float32")
-        logits = TensorSpec(f"logits{k}", ("batch", classes), dtype)
-        stages.append(Stage(f"segment{k}", "segment", (before,), (after,)))
-        stages.append(Stage(f"head{k}", "head", (after,), (logits,)))
-        found.append(Exit(f"exit{k}", logits.name))
-        before = after
-    names = tuple(f"class{i}" for i in range(classes))
-    return Cascade(names, image, tuple(stages), tuple(found))
+__all__ = ["NAN", "cascade", "functions", "images", "on_device", "on_host"]
 
 
 def functions(of: Cascade) -> dict[str, Any]:
@@ -51,13 +34,7 @@ def functions(of: Cascade) -> dict[str, Any]:
 
 
 def _logits(values: np.ndarray) -> np.ndarray:
-    return np.where(values == NAN, np.float32(np.nan), values)
-
-
-def images(of: Cascade, count: int, *, seed: int = 0, scale: float = 3.0) -> np.ndarray:
-    """Random logits for every exit, shape (count, exits, classes)."""
-    shape = (count, *of.image.sample_shape())
-    return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(np.float32)
+    return np.where(values == values.dtype.type(NAN), np.nan, values)
 
 
 def on_host(of: Cascade, point: OperatingPoint) -> Scheduler:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import kernel_stages
+from bench.gpu import kernel_stages
 from edge_runtime import BackendError, BackendUnavailable, CudaError, OperatingPoint, Scheduler
 from edge_runtime.backends.cuda import decide
 from edge_runtime.backends.cuda.backend import CudaBackend, CudaOptions

@@ -34,7 +34,7 @@ from tests.edge_runtime.cuda.populations import (
     on_host,
 )
 
-CASCADE = cascade()
+CASCADE = cascade(classes=5)
 POINT = OperatingPoint("point", thresholds={"exit0": 0.8, "exit1": 0.7, "exit2": 0.6})
 MODES = ("graph", "polling", "sync", "run_all")
 #: Every way to run one image at a time.

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.backends.cuda.base import Argument, Cuda, Kernel, Memory, Stream
+from edge_runtime.backends.cuda.base import Argument, Kernel, Memory, Stream
 from edge_runtime.backends.cuda.fake import FakeCuda, Function
-from edge_runtime.backends.cuda.stages import DeviceStages, Work
+from edge_runtime.backends.cuda.stages import LaunchedStages
 from edge_runtime.cascade import Cascade, Exit, Stage
 from edge_runtime.tensors import TensorSpec
 
@@ -157,7 +156,7 @@ def led_to(steps: int) -> int:
     return (factor + offset) % 2**32
 
 
-class KernelStages(DeviceStages):
+class KernelStages(LaunchedStages):
     """Runs the stages of `cascade` as kernels.
 
     Args:
@@ -168,60 +167,18 @@ class KernelStages(DeviceStages):
     name = "kernels"
 
     def __init__(self, *, steps: int = 0, preprocess_steps: int = 0) -> None:
+        super().__init__()
         self._steps = {"segment": steps, "preprocess": preprocess_steps}
-        self._stack = ExitStack()
-        self._memory: dict[tuple[str, int], Memory] = {}
-        self._captured: dict[tuple[str, int], int] = {}
 
-    def open(self, cuda: Cuda, work: Work, stream: Stream) -> None:
-        """Compile, allocate, and run every stage once."""
-        self._cuda, self._work = cuda, work
-        self._kernels = cuda.kernels(SOURCE, STAGE_KERNELS)
-        self._stages = {stage.name: stage for stage in work.stages}
-        self._specs = {work.image.name: work.image}
-        for stage in work.stages:
-            for spec in stage.outputs:
-                self._specs[spec.name] = spec
-                for slot in range(len(work.images) if spec.name in work.slotted else 1):
-                    memory = self._stack.enter_context(cuda.memory(work.nbytes(spec)))
-                    self._memory[spec.name, slot] = memory
-        words = len(work.stages) * len(work.images)
-        self.led_to: Memory = self._stack.enter_context(cuda.memory(4 * words))
-        for stage in work.stages:
-            for slot in work.slots_of(stage):
-                self.enqueue(stage.name, slot, stream)
-        stream.synchronize()
-
-    def close(self) -> None:
-        """Free the tensors and what was captured."""
-        self._memory, self._captured = {}, {}
-        stack, self._stack = self._stack, ExitStack()
-        stack.close()
+    def _load(self) -> None:
+        self._kernels = self._cuda.kernels(SOURCE, STAGE_KERNELS)
+        words = len(self._work.stages) * len(self._work.images)
+        self.led_to: Memory = self._stack.enter_context(self._cuda.memory(4 * words))
 
     def enqueue(self, stage: str, slot: int, stream: Stream) -> None:
         """Launch the stage's kernel."""
         kernel, arguments = self._call(stage, slot)
         stream.launch(kernel, self._work.batch, THREADS, arguments)
-
-    def captured(self, stage: str, slot: int) -> int:
-        """Capture the launch, once."""
-        slot = slot if slot in self._work.slots_of(self._stages[stage]) else 0
-        if (stage, slot) not in self._captured:
-            with self._cuda.stream() as stream:
-                graph = stream.capture(lambda: self.enqueue(stage, slot, stream))
-            self._stack.enter_context(graph)
-            self._captured[stage, slot] = graph.handle
-        return self._captured[stage, slot]
-
-    def address(self, tensor: str, slot: int) -> int:
-        """Address of a tensor."""
-        if tensor == self._work.image.name:
-            return self._work.images[slot]
-        return self._memory[tensor, slot if tensor in self._work.slotted else 0].address
-
-    def precision(self, stage: str) -> str:
-        """The variant that was asked for, else "fp32"."""
-        return self._work.variants.get(stage, "fp32")
 
     def _call(self, stage: str, slot: int) -> tuple[Kernel, Sequence[Argument]]:
         known = self._stages[stage]

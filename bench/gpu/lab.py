@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bench import kernel_stages
+from bench.gpu import kernel_stages
 from edge_runtime.backends.cuda import base, probe
 from edge_runtime.backends.cuda.backend import CudaBackend, CudaOptions, Package
 from edge_runtime.backends.cuda.base import Cuda

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench import kernel_stages
-from bench.gpu_lab import Lab, Times, leaving_at, line_through, microseconds
+from bench.gpu import kernel_stages
+from bench.gpu.lab import Lab, Times, leaving_at, line_through, microseconds
 from edge_runtime.backends.cuda import decide
 from edge_runtime.backends.cuda.base import Body, Condition, ExecutableGraph, Kernel
 from edge_runtime.backends.cuda.judge import Judge

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_lab import Lab
+from bench.gpu.lab import Lab
 from edge_runtime import device
 from edge_runtime.schema import plain
 

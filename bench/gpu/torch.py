@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.gpu_lab import Lab, Times, leaving_at, microseconds
+from bench.gpu.lab import Lab, Times, leaving_at, microseconds
 from edge_runtime.backends.torch import TorchBackend, import_torch
 from edge_runtime.backends.torch_cuda import TorchStages
 from edge_runtime.errors import EdgeRuntimeError
@@ -20,7 +20,7 @@ from edge_runtime.scheduler import Scheduler
 from edge_runtime.timing import ratio
 
 if TYPE_CHECKING:
-    from bench.gpu_models import Model
+    from bench.gpu.models import Model
 
 #: What is compared with; and the subject that is to be faster.
 _BASE, _SUBJECT = "sync", "graph"
@@ -36,11 +36,11 @@ _MARGIN = 1e-6
 def models(lab: Lab) -> dict[str, Any]:
     """A ViT-S with 8 exits and a ResNet-50 with 4, one image at a time."""
     torch = import_torch(f"cuda:{lab.device}")
-    from bench import gpu_models
+    from bench.gpu import models
 
     made: dict[str, Callable[[], Model]] = {
-        "ViT-S/16, 8 exits": gpu_models.vit_with_exits,
-        "ResNet-50, 4 exits": gpu_models.resnet_with_exits,
+        "ViT-S/16, 8 exits": models.vit_with_exits,
+        "ResNet-50, 4 exits": models.resnet_with_exits,
     }
     found: dict[str, Any] = {}
     for number, (name, make) in enumerate(made.items()):

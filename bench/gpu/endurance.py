@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench import kernel_stages
-from bench.gpu_environment import memory_readers
-from bench.gpu_lab import Lab, NotRun, leaving_at
+from bench.gpu import kernel_stages
+from bench.gpu.environment import memory_readers
+from bench.gpu.lab import Lab, NotRun, leaving_at
 from edge_runtime.errors import BackendError, CudaError
 from edge_runtime.scheduler import Pending, Scheduler
 

@@ -2,7 +2,7 @@
 
 A tiny strongly typed network is built, run on a stream of ours, captured, embedded into a graph and
 then into a branch of a graph. It runs in a process of its own, since a driver or library that can't
-do this may take the process with it: `check` starts ``python -m bench.gpu_tensorrt``.
+do this may take the process with it: `check` starts ``python -m bench.gpu.tensorrt``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from bench import kernel_stages
-from bench.gpu_lab import Lab, NotRun, SharedCuda, microseconds
+from bench.gpu import kernel_stages
+from bench.gpu.lab import Lab, NotRun, SharedCuda, microseconds
 from edge_runtime import options
 from edge_runtime.backends.cuda.backend import open_cuda
 from edge_runtime.backends.cuda.base import Body, Cuda, ExecutableGraph, Stream
@@ -42,7 +42,7 @@ def check(lab: Lab) -> dict[str, Any]:
     """TensorRT where it is installed, in a process of its own."""
     if not any(importlib.util.find_spec(name) for name in _MODULES):
         raise NotRun("neither tensorrt nor tensorrt_rtx is installed")
-    command = [sys.executable, "-m", "bench.gpu_tensorrt", "--json", "-"]
+    command = [sys.executable, "-m", "bench.gpu.tensorrt", "--json", "-"]
     command += ["--device", str(lab.device), "--package", lab.package]
     command += ["--seconds", f"{max(lab.left_s * 0.3, 0.1):.1f}"]
     return run_alone(command, timeout_s=max(lab.left_s, 1))
@@ -78,7 +78,7 @@ def run_alone(command: list[str], timeout_s: float) -> dict[str, Any]:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``python -m bench.gpu_tensorrt``."""
+    """Add the arguments of ``python -m bench.gpu.tensorrt``."""
     parser.add_argument("--device", type=options.whole, default=0)
     parser.add_argument("--package", choices=("any", "cuda-core", "pycuda"), default="any")
     parser.add_argument("--seconds", type=options.positive, default=5.0, help="of timing")
@@ -325,4 +325,4 @@ class TinyEngine:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("python -m bench.gpu_tensorrt", sys.modules[__name__], sys.argv[1:]))
+    sys.exit(run_command("python -m bench.gpu.tensorrt", sys.modules[__name__], sys.argv[1:]))

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench import kernel_stages
-from bench.gpu_inputs import exact_cases, hard_images, judge, operating_points
-from bench.gpu_lab import MODES, Lab, leaving_at, microseconds
+from bench.gpu import kernel_stages
+from bench.gpu.inputs import exact_cases, hard_images, judge, operating_points
+from bench.gpu.lab import MODES, Lab, leaving_at, microseconds
 from edge_runtime.backends.cuda import probe
 from edge_runtime.backends.cuda.backend import CudaBackend, CudaOptions
 from edge_runtime.cascade import Cascade

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench import kernel_stages
+from bench.gpu import kernel_stages
 from edge_runtime import confidence
 from edge_runtime.cascade import Cascade
 from edge_runtime.confidence import METRICS, Metric, bounds

@@ -1,0 +1,1 @@
+"""The checks of `python -m bench.gpu_check`, and the cascades that they run."""
