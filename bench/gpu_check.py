@@ -24,6 +24,7 @@ import numpy as np
 from bench.gpu import endurance, environment, results, tensorrt, timing, torch
 from bench.gpu.lab import Lab, NotRun, SharedCuda
 from edge_runtime import options
+from edge_runtime.backends.cuda import probe
 from edge_runtime.backends.cuda.backend import Package, open_cuda
 from edge_runtime.backends.cuda.base import Cuda
 from edge_runtime.cli import run_command
@@ -100,6 +101,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="what reaches the driver (default: cuda-core where it is installed, else pycuda)",
     )
     parser.add_argument(
+        "--mode",
+        nargs="+",
+        choices=list(probe.MODES),
+        default=[],
+        help="execution modes to check (default: all that work here)",
+    )
+    parser.add_argument(
         "--out",
         metavar="FILE",
         help="the result (default: gpu_check-<device>-<date>.json in bench/results, where that "
@@ -140,7 +148,15 @@ def run(
     size = scale if scale is not None else _QUICK if args.quick else 1.0
     times = size if patience is None else patience
     cuda = SharedCuda(make())
-    lab = Lab(cuda.open(), make, device=args.device, package=args.package, scale=size)
+    lab = Lab(
+        cuda.open(),
+        make,
+        device=args.device,
+        package=args.package,
+        scale=size,
+        only=args.mode,
+    )
+    _require(args.mode, lab)
     result = _Result(out or _default_path(cuda.facts.name), lab, args.quick)
     console.note(f"{cuda.facts.name}: {len(chosen)} checks, at most {_TOTAL_S * times:.0f} s")
     interrupted = None
@@ -162,6 +178,13 @@ def run(
     if failed:
         raise ChecksFailed(f"not ok: {', '.join(failed)}", remedy=f"See {result.path}")
     return result.data
+
+
+def _require(modes: Sequence[str], lab: Lab) -> None:
+    """Refuse modes that were asked for and don't work here."""
+    for mode in modes:
+        if lab.reasons[mode]:
+            raise BackendUnavailable(f"the mode {mode!r} is not available: {lab.reasons[mode]}")
 
 
 def _chosen(checks: Mapping[str, Check], only: Sequence[str] | None) -> dict[str, Check]:

@@ -147,6 +147,8 @@ class Lab:
         device: Index of the GPU.
         package: What reaches the driver, as the user asked for it.
         scale: Size of all counts and budgets, 1 for the whole check.
+        only: The execution modes that are wanted, all where empty; run_all is always there, for
+            the others to be compared with.
         clock: Monotonic seconds.
     """
 
@@ -158,6 +160,7 @@ class Lab:
         device: int = 0,
         package: Package = "any",
         scale: float = 1.0,
+        only: Sequence[str] = (),
         clock: Clock = time.perf_counter,
     ) -> None:
         self.cuda = cuda
@@ -165,6 +168,7 @@ class Lab:
         self.device = device
         self.package = package
         self.scale = scale
+        self._only = only
         self.clock = clock
         self._reasons: dict[str, str] | None = None
         self.begin(math.inf)
@@ -184,10 +188,12 @@ class Lab:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Why each execution mode is not available, empty where it is."""
+        """Why each execution mode is not run, empty where it is."""
         if self._reasons is None:
             self._reasons = probe.why_not(self.cuda, 1)
-        return self._reasons
+        wanted = {*(self._only or probe.MODES), "run_all"}
+        reasons = self._reasons.items()
+        return {mode: why if mode in wanted else "not asked for" for mode, why in reasons}
 
     def modes(self, *names: str) -> list[str]:
         """Those of `names`, keys of `MODES`, that work here; all where none is named."""
@@ -205,7 +211,7 @@ class Lab:
             NotRun: It is not.
         """
         if self.reasons["graph"]:
-            raise NotRun(f"the mode graph is not available: {self.reasons['graph']}")
+            raise NotRun(f"the mode graph is not run: {self.reasons['graph']}")
 
     def scheduler(
         self,

@@ -45,8 +45,7 @@ Outcome = tuple[Any, ...]
 
 def modes(lab: Lab) -> dict[str, Any]:
     """Which execution modes work here, and why not the others."""
-    reasons = {"one image": lab.reasons, "two images": probe.why_not(lab.cuda, 2)}
-    one = lab.reasons
+    one, two = (probe.why_not(lab.cuda, batch) for batch in (1, 2))
     # An old driver has no conditional graphs; whatever else is missing should not be.
     unexpected = {mode: why for mode, why in one.items() if why and why != lab.cuda.why_no_graphs()}
     works = [mode for mode, why in one.items() if not why]
@@ -55,7 +54,7 @@ def modes(lab: Lab) -> dict[str, Any]:
         "summary": f"{', '.join(works)} work"
         + "".join(f"; {mode}: {why}" for mode, why in one.items() if why),
         "best": works[0],
-        "why_not": reasons,
+        "why_not": {"one image": one, "two images": two},
     }
 
 
@@ -357,7 +356,7 @@ def refusals(lab: Lab) -> dict[str, Any]:
     of = kernel_stages.cascade(exits=3)
     point = leaving_at(of, 1)
     image = kernel_stages.images(of, 1)[0]
-    best = lab.modes("graph", "polling", "sync")[0]
+    best = lab.modes("graph", "polling", "sync", "run_all")[0]
     answers: dict[str, str] = {}
 
     def refused(name: str, kind: type[EdgeRuntimeError], call: Callable[[], object]) -> None:

@@ -36,7 +36,7 @@ from edge_runtime.backends.cuda.fake import FakeCuda, FakeKernel, FakeStream
 from edge_runtime.backends.cuda.fake_stages import FakeStages
 from edge_runtime.backends.cuda.stages import Work
 from edge_runtime.console import Console
-from edge_runtime.errors import BackendError, ConfigError, CudaError
+from edge_runtime.errors import BackendError, BackendUnavailable, ConfigError, CudaError
 from edge_runtime.files import read_json
 from edge_runtime.operating_point import OperatingPoint
 from edge_runtime.scheduler import Scheduler
@@ -564,6 +564,19 @@ class TestRun:
         for words in ("a: RuntimeError: CUDA error", "12 differ", "no torch", "NOT OK", "not run"):
             assert words in shown.out
         assert "[4/4] d ..." in shown.err
+
+    def test_modes_can_be_forced(self, tmp_path):
+        found = check(tmp_path / "r.json", "--mode", "polling", "--only", "waits", "switch")
+        assert found["checks"]["waits"]["waits_per_frame_by_exit"].keys() == {"polling", "run_all"}
+        assert found["checks"]["switch"]["not_run"] == {
+            "graph": "not run: not asked for",
+            "sync": "not run: not asked for",
+        }
+
+    def test_a_forced_mode_that_does_not_work_is_refused(self, tmp_path):
+        old = fake(graphs="the driver is for CUDA 12.2")
+        with pytest.raises(BackendUnavailable, match=r"'graph' is not available: .*12\.2"):
+            check(tmp_path / "r.json", "--mode", "graph", cuda=lambda: old)
 
     def test_an_interruption_keeps_what_was_found(self, tmp_path, capsys):
         out = tmp_path / "r.json"
