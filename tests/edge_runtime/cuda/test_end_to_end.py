@@ -20,6 +20,7 @@ from edge_runtime.backends.cuda.backend import CudaBackend, CudaOptions
 from edge_runtime.backends.cuda.base import Cuda
 from edge_runtime.backends.cuda.core import CudaCore
 from edge_runtime.backends.cuda.fake import FakeCuda
+from edge_runtime.backends.cuda.pycuda import PyCuda
 from tests import host_kernels
 from tests.cuda_without_gpu import Emulated
 from tests.cuda_without_gpu.driver import ILLEGAL_ADDRESS, OUT_OF_MEMORY
@@ -151,6 +152,18 @@ def test_batches(make: Callable[[], Cuda], mode: Any) -> None:
         for size in (8, 3):
             got = [said(prediction) for prediction in cascade(FRAMES[:size])]
             agree(got, reference(frames=FRAMES[:size]))
+
+
+@pytest.mark.pycuda
+def test_pycuda_runs_what_needs_no_graph(emulated: Emulated) -> None:
+    for options in WAYS:
+        if options.mode != "graph":
+            with opened(PyCuda(), options) as cascade:
+                agree([said(cascade(frame)) for frame in FRAMES], reference())
+                agree([said(p) for p in cascade.each(FRAMES)], reference())
+    with opened(PyCuda(), CudaOptions()) as cascade:
+        assert cascade.backend.mode == "polling"
+        assert "cuda-core has" in cascade.backend.passed_over["graph"]
 
 
 class TestOnTheEmulatedDriverOnly:
