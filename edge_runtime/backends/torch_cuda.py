@@ -70,14 +70,16 @@ class TorchStages(DeviceStages):
         self._by_name = {stage.name: stage for stage in work.stages}
         for slot, address in enumerate(work.images):
             self._tensors[work.image.name, slot] = self._view(address, work)
-        self._outer = torch_.cuda.ExternalStream(stream.handle, device=self._device)
-        # Stages that run beside the others need memory of their own.
-        pools = {ahead: torch_.cuda.graph_pool_handle() for ahead in (False, True)}
+        # Stages that run beside the others need memory of their own, and a stream of their own
+        # while they are captured: libraries keep a workspace per stream.
+        main = torch_.cuda.ExternalStream(stream.handle, device=self._device)
+        pool = torch_.cuda.graph_pool_handle
+        places = {False: (main, pool()), True: (torch_.cuda.Stream(self._device), pool())}
         for stage in work.stages:
             freeze(module_of(stage, self._modules, work.variants), self._device, self._training)
         for stage in work.stages:
             for slot in work.slots_of(stage):
-                self._capture(stage, slot, pools[stage.name in work.ahead])
+                self._capture(stage, slot, *places[stage.name in work.ahead])
                 if not cuda.why_no_graphs():
                     self._executables[stage.name, slot] = self._embedded(cuda, stage.name, slot)
 
@@ -125,21 +127,21 @@ class TorchStages(DeviceStages):
             raise BackendError("torch has copied the image's memory instead of sharing it")
         return tensor
 
-    def _capture(self, stage: Stage, slot: int, pool: Any) -> None:
+    def _capture(self, stage: Stage, slot: int, stream: torch.cuda.Stream, pool: Any) -> None:
         """Run a stage eagerly, then once more while its stream is captured."""
         slotted = self._work.slotted
         inputs = [
             self._tensors[spec.name, slot if spec.name in slotted else 0] for spec in stage.inputs
         ]
         module, torch_ = self._modules[stage.name], self._torch
-        with torch_.cuda.stream(self._outer):
+        with torch_.cuda.stream(stream):
             for _ in range(_WARM_UPS):
                 run_module(torch_, stage, module, inputs)
-        self._outer.synchronize()
+        stream.synchronize()
         graph = torch_.cuda.CUDAGraph(keep_graph=True)
         try:
             with torch_.cuda.graph(
-                graph, pool=pool, stream=self._outer, capture_error_mode="thread_local"
+                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
             ):
                 outputs = run_module(torch_, stage, module, inputs)
                 outputs = [output.contiguous() for output in outputs]
@@ -152,9 +154,9 @@ class TorchStages(DeviceStages):
         for spec, output in zip(stage.outputs, outputs, strict=True):
             # Holding the tensor keeps the pool from giving its memory to the next capture.
             self._tensors[spec.name, slot if spec.name in slotted else 0] = output
-        with torch_.cuda.stream(self._outer):
+        with torch_.cuda.stream(stream):
             graph.replay()
-        self._outer.synchronize()
+        stream.synchronize()
 
     def _embedded(self, cuda: Cuda, stage: str, slot: int) -> ExecutableGraph:
         """The stage as a graph of ours, which is launched without going through torch."""
