@@ -36,9 +36,11 @@ SECTIONS: dict[str, dict[str, Command]] = {
     "look": {
         "doctor": Command("edge_runtime.doctor", "what is installed here, and what is missing"),
         "info": Command("edge_runtime.info", "what is in a bundle"),
+        "lint-qdq": Command("engines.lint_command", "does an INT8 ONNX model suit TensorRT"),
     },
     "make": {
         "export": Command("engines.export_command", "plain ONNX classifiers -> a bundle"),
+        "convert": Command("engines.convert_command", "a bundle, or one ONNX file, in FP16"),
         "thresholds": Command("calib.thresholds_command", "operating points from labelled data"),
     },
     "measure": {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -231,6 +232,33 @@ class ImageDataset:
         if not 1 <= k <= n:
             raise ConfigError("part", got=f"{k}/{n}", expected="K/N with 1 <= K <= N")
         return self.split([1 / n] * n, seed)[k - 1]
+
+    def balanced(self, samples: int, seed: int) -> ImageDataset:
+        """Some samples, as many of each class as the class's count allows.
+
+        Which ones depends on the samples' names and the seed only.
+
+        Args:
+            samples: How many; all where the data has no more.
+            seed: Another one gives another choice.
+
+        Returns:
+            They, in this dataset's order.
+
+        Raises:
+            ConfigError: `samples` < 1.
+        """
+        if samples < 1:
+            raise ConfigError("samples", got=samples, expected=">= 1")
+        taken: Counter[int] = Counter()
+        turns = []
+        for index in self._shuffled_by_class(seed):
+            label = int(self.labels[index])
+            turns.append((taken[label], index))
+            taken[label] += 1
+        # Stable: within a turn the classes keep their random order.
+        turns.sort(key=lambda turn: turn[0])
+        return self.subset(sorted(index for _, index in turns[:samples]))
 
     def _shuffled_by_class(self, seed: int) -> list[int]:
         """All indices: classes in random order, and in each its samples in random order."""

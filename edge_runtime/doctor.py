@@ -89,7 +89,7 @@ def _gpu() -> dict[str, Any]:
         return {"none": str(error)}
     try:
         return {"device": plain(cuda.facts), "mode": probe.why_not(cuda, 1)}
-    except CudaError as error:
+    except (BackendUnavailable, CudaError) as error:
         return {"device": plain(cuda.facts), "failed": str(error)}
     finally:
         cuda.close()

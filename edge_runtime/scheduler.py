@@ -202,15 +202,15 @@ class Scheduler:
             self._finish(frame)
         return self._predictions(frame)
 
-    def submit(self, image: NDArray[Any], *, deadline_s: float | None = None) -> Pending:
+    def submit(self, image: NDArray[Any]) -> Pending:
         """Begin a frame and return; `Pending.result` gives its answer.
 
         A backend that takes frames ahead copies and preprocesses this one while the one before is
         in flight; another has first to finish that one. Frames are finished in order.
 
         Args:
-            image: As `__call__` takes it; copied at once.
-            deadline_s: Seconds from now, as in `__call__`.
+            image: As `__call__` takes it; copied at once. There is no deadline: when the answer
+                is fetched is up to the caller.
 
         Raises:
             InputError: As `__call__`.
@@ -221,7 +221,7 @@ class Scheduler:
             self._check_open()
             while len(self._flight) > (1 if self.backend.ahead else 0):
                 self._finish_oldest()
-            pending = Pending(self, self._begin(image[None] if single else image, deadline_s))
+            pending = Pending(self, self._begin(image[None] if single else image, None))
             pending.single = single
             self._flight.append(pending)
         return pending
@@ -262,8 +262,11 @@ class Scheduler:
         pending = self._flight.popleft()
         try:
             self._finish(pending.frame)
-        except (BackendError, InputError) as error:
+        except BackendError as error:
             pending.error = error
+        except BaseException:
+            pending.error = BackendError("the frame was interrupted before its answer")
+            raise
 
     def _begin(self, images: NDArray[Any], deadline_s: float | None) -> Frame:
         """Check a batch and hand it to the backend."""
@@ -286,8 +289,12 @@ class Scheduler:
                 self._collect(frame)
             else:
                 self._advance(frame, frame.deadline_s)
-        except CudaError:
-            raise  # The device may never be done with it: the next `feed` sees to that.
+        except CudaError as error:
+            # The device may never be done with it: the next `feed` sees to that.
+            while self._flight:
+                later = BackendError(f"the frame before it failed: {error}")
+                self._flight.popleft().error = later
+            raise
         except BaseException:
             self.backend.done()
             raise
@@ -490,16 +497,18 @@ class Pending:
         self._scheduler = scheduler
         self.frame = frame
         self.single = True
-        self.error: BackendError | InputError | None = None
+        self.error: BackendError | None = None
 
     def result(self) -> Prediction | list[Prediction]:
         """Wait for the frame, and for those before it.
 
         Returns:
-            What `Scheduler.__call__` returns for its image.
+            What `Scheduler.__call__` returns for its image; `latency_s` runs from `submit` until
+            the answer was taken in, so it holds the caller's own pauses.
 
         Raises:
-            BackendError: A stage failed, its logits are not finite, or the cascade was closed.
+            BackendError: A stage failed, its logits are not finite, a frame before it lost the
+                device, it was interrupted, or the cascade was closed.
         """
         return self._scheduler._result(self)
 

@@ -7,7 +7,7 @@ one after another share one, since none of them reads what another one keeps for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from edge_runtime.backends.torch import (
     torch_error,
 )
 from edge_runtime.cascade import Stage
-from edge_runtime.errors import BackendError, BackendUnavailable
+from edge_runtime.errors import BackendError, BackendUnavailable, ConfigError
 from edge_runtime.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class TorchStages(DeviceStages):
 
     def __init__(self, modules: Mapping[str, torch.nn.Module], *, device: int = 0) -> None:
         self._modules = dict(modules)
+        self._index = device
         self._device = f"cuda:{device}"
         self._training: dict[torch.nn.Module, bool] = {}
         self._tensors: dict[tuple[str, int], torch.Tensor] = {}
@@ -59,6 +60,12 @@ class TorchStages(DeviceStages):
 
     def open(self, cuda: Cuda, work: Work, stream: Stream) -> None:
         """Move, warm up and capture every stage."""
+        if cuda.facts.index != self._index:
+            raise ConfigError(
+                "the modules' GPU",
+                got=self._index,
+                expected=f"{cuda.facts.index}, which the cascade is opened on",
+            )
         self._torch = torch_ = import_torch(self._device)
         if not hasattr(torch_.cuda.CUDAGraph, "raw_cuda_graph"):
             raise BackendUnavailable(
@@ -72,9 +79,12 @@ class TorchStages(DeviceStages):
             self._tensors[work.image.name, slot] = self._view(address, work)
         # Stages that run beside the others need memory of their own, and a stream of their own
         # while they are captured: libraries keep a workspace per stream.
-        main = torch_.cuda.ExternalStream(stream.handle, device=self._device)
-        pool = torch_.cuda.graph_pool_handle
-        places = {False: (main, pool()), True: (torch_.cuda.Stream(self._device), pool())}
+        beside = self._stack.enter_context(cuda.stream())
+        external, pool = torch_.cuda.ExternalStream, torch_.cuda.graph_pool_handle
+        places = {
+            ahead: (external(one.handle, device=self._device), pool())
+            for ahead, one in ((False, stream), (True, beside))
+        }
         for stage in work.stages:
             freeze(module_of(stage, self._modules, work.variants), self._device, self._training)
         for stage in work.stages:
@@ -129,34 +139,80 @@ class TorchStages(DeviceStages):
 
     def _capture(self, stage: Stage, slot: int, stream: torch.cuda.Stream, pool: Any) -> None:
         """Run a stage eagerly, then once more while its stream is captured."""
-        slotted = self._work.slotted
-        inputs = [
-            self._tensors[spec.name, slot if spec.name in slotted else 0] for spec in stage.inputs
-        ]
+        inputs = [self._tensors[self._place(spec, slot)] for spec in stage.inputs]
         module, torch_ = self._modules[stage.name], self._torch
         with torch_.cuda.stream(stream):
             for _ in range(_WARM_UPS):
                 run_module(torch_, stage, module, inputs)
         stream.synchronize()
         graph = torch_.cuda.CUDAGraph(keep_graph=True)
+        failed: list[Exception] = []
         try:
-            with torch_.cuda.graph(
-                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            # The outer context gives the stream back even where ending the capture fails.
+            with (
+                torch_.cuda.stream(stream),
+                torch_.cuda.graph(
+                    graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+                ),
             ):
-                outputs = run_module(torch_, stage, module, inputs)
-                outputs = [output.contiguous() for output in outputs]
+                outputs = self._captured_outputs(stage, slot, inputs, failed)
             graph.instantiate()
-        except RuntimeError as error:
-            raise torch_error(
-                error, f"stage {stage.name!r} can't be captured", stage.name
-            ) from error
+        except (RuntimeError, BackendError) as error:
+            first = failed[0] if failed else error
+            raise BackendError(
+                f"{torch_error(first, f'stage {stage.name!r} can not be captured')}",
+                stage=stage.name,
+                remedy="A stage must not wait, allocate outside of torch, or look at values. "
+                "torch can't be relied on after this: start the process anew",
+            ) from first
         self._graphs[stage.name, slot] = graph
         for spec, output in zip(stage.outputs, outputs, strict=True):
             # Holding the tensor keeps the pool from giving its memory to the next capture.
-            self._tensors[spec.name, slot if spec.name in slotted else 0] = output
+            self._tensors[self._place(spec, slot)] = output
         with torch_.cuda.stream(stream):
             graph.replay()
         stream.synchronize()
+
+    def _captured_outputs(
+        self,
+        stage: Stage,
+        slot: int,
+        inputs: Sequence[torch.Tensor],
+        failed: list[Exception],
+    ) -> list[torch.Tensor]:
+        """Run the module once for the capture; its outputs are where later stages read them."""
+        try:
+            made = run_module(self._torch, stage, self._modules[stage.name], inputs)
+            own = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+            with self._torch.inference_mode():
+                return [
+                    self._put(output, own, self._tensors.get(self._place(spec, slot)))
+                    for spec, output in zip(stage.outputs, made, strict=True)
+                ]
+        except (RuntimeError, BackendError) as error:
+            # What torch raises when the capture ends would hide this.
+            failed.append(error)
+            raise
+
+    @staticmethod
+    def _put(output: torch.Tensor, own: set[int], known: torch.Tensor | None) -> torch.Tensor:
+        """An output in its place: where it is, or where the first slot's capture has put it.
+
+        Args:
+            output: What the module returned.
+            own: Addresses of the memory of its inputs: an output that is a view of one would
+                change with it.
+            known: The same tensor as the first slot's capture made it.
+        """
+        if known is not None:
+            return known.copy_(output)
+        if output.untyped_storage().data_ptr() in own:
+            return output.clone().contiguous()
+        return output.contiguous()
+
+    def _place(self, spec: TensorSpec, slot: int) -> tuple[str, int]:
+        """Where a tensor stands: the slots share those that are computed after the image's."""
+        return spec.name, slot if spec.name in self._work.slotted else 0
 
     def _embedded(self, cuda: Cuda, stage: str, slot: int) -> ExecutableGraph:
         """The stage as a graph of ours, which is launched without going through torch."""

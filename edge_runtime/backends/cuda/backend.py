@@ -67,7 +67,8 @@ class CudaOptions:
         nested: Whether the branches of the mode graph stand inside each other.
         package: What reaches the CUDA driver.
         device: Index of the GPU.
-        timeout_s: How long the device may take for a frame before it counts as hung.
+        timeout_s: How long the device may take for an answer, in the modes graph and polling,
+            before it counts as hung.
     """
 
     mode: Mode = "best"
@@ -164,7 +165,9 @@ class CudaBackend(Backend):
         self.cuda = cuda = self._given or open_cuda(self.options.package, self.options.device)
         self._stack.callback(cuda.close)
         cuda.open()
-        self._thread = threading.get_ident()
+        # A flag per thread; numbers of threads are given to new ones when old ones end.
+        self._threads = threading.local()
+        self._threads.current = True
         self._choose_mode()
         self._ready = Prepared(cuda, self._stages, self.options.batch, keep)
         self._ready.open(plan, axes, variants, mode=self.mode, ahead=self.ahead)
@@ -172,7 +175,7 @@ class CudaBackend(Backend):
         if self.decides:
             self._ready.build_graphs(plan, nested=self.options.nested)
         self._staging: MappedMemory | None = None
-        self._sequence = self._turn = 0
+        self._sequence = 0
         self.use(Never(), "max_softmax", [1.0] * len(plan.steps))
         self._opened = True
 
@@ -194,19 +197,31 @@ class CudaBackend(Backend):
     def close(self) -> None:
         """Free everything on the device."""
         self._flight.clear()
+        was_open, self._opened = self._opened, False
         stack, self._stack = self._stack, ExitStack()
+        if self._hung and not self._is_back():
+            stack.pop_all()
+            logger.warning("the GPU does not answer: what it holds is freed when the process ends")
+            return
         try:
-            if self._opened:
-                self._opened = False
-                self._on_this_thread()
-            stack.close()
+            try:
+                if was_open:
+                    self._on_this_thread()
+            finally:
+                stack.close()
         except CudaError as error:
             # Whoever closes after a failure has seen that already, and all was tried.
             logger.debug("closing the GPU's resources: %s", error)
 
+    def _is_back(self) -> bool:
+        """Whether a device that was given up has finished its work after all."""
+        try:
+            self._hung = not self._ready.main.is_done()
+        except CudaError:
+            self._hung = False  # Lost, which at least is an answer.
+        return not self._hung
+
     def _wait_for_all(self) -> None:
-        if self._hung:
-            raise CudaError("the device has not answered before", remedy="Start the process anew")
         self._ready.side.synchronize()
         self._ready.main.synchronize()
 
@@ -224,16 +239,18 @@ class CudaBackend(Backend):
         if not self._opened:
             raise BackendError(f"the backend {self.name!r} is not open")
         self._on_this_thread()
+        if self._hung and not self._is_back():
+            raise CudaError("the device has not answered before", remedy="Start the process anew")
         if self._flight:
-            self._flight.clear()
             self._wait_for_all()
+            self._flight.clear()
         self._admit(image)
 
     def _on_this_thread(self) -> None:
         """CUDA knows a context per thread."""
-        if threading.get_ident() != self._thread:
+        if not getattr(self._threads, "current", False):
             self.cuda.make_current()
-            self._thread = threading.get_ident()
+            self._threads.current = True
 
     def feed_ahead(self, image: NDArray[Any]) -> None:
         """Bring a frame to the device while another is in flight."""
@@ -254,8 +271,8 @@ class CudaBackend(Backend):
                 expected=f"at most {self.options.batch}, which the cascade was opened for",
                 remedy="Open it with a larger batch",
             )
-        slot = self._ready.slots[self._turn]
-        self._turn = (self._turn + 1) % len(self._ready.slots)
+        taken = [frame.slot for frame in self._flight]
+        slot = next(slot for slot in self._ready.slots if slot not in taken)
         self._sequence = self._sequence % _LAST_SEQUENCE + 1
         slot.write(image, self._sequence)
         frame = _Frame(slot)
@@ -313,8 +330,8 @@ class CudaBackend(Backend):
         for stage in ready.loaded:
             if stage not in ready.work.ahead:
                 self._enqueue(stage, frame)
-        for call in ready.calls[slot.number]:
-            ready.main.launch(*call)
+        for k in range(len(ready.exits)):
+            self._put_judge(slot, k)
         ready.main.copy(slot.record[0], ready.record(0), len(ready.exits) * ready.stride)
 
     def decide(self, logits: str, metric: Metric, temperature: float) -> Decision:
@@ -340,7 +357,7 @@ class CudaBackend(Backend):
         if k in frame.judged:
             slot.forget(k)
         frame.judged.add(k)
-        ready.main.launch(*ready.calls[slot.number][k])
+        self._put_judge(slot, k)
         if self.mode == "polling":
             verdict = self._spin(lambda: slot.records.read(k, slot.samples, slot.sequence))
             frame.busy = False
@@ -348,6 +365,16 @@ class CudaBackend(Backend):
         ready.main.copy(slot.record[k], ready.record(k), ready.stride)
         self._wait(frame)
         return self._read(slot, k)
+
+    def _put_judge(self, slot: Slot, k: int) -> None:
+        """Put an exit's decision on the stream, on as many blocks as the frame has samples.
+
+        A block without a sample could run after all verdicts are in, and see the next frame.
+        """
+        call = self._ready.calls[slot.number][k]
+        if call.grid != slot.samples:
+            call = call._replace(grid=slot.samples)
+        self._ready.main.launch(*call)
 
     @staticmethod
     def _read(slot: Slot, k: int) -> Verdict:
@@ -448,6 +475,8 @@ class CudaBackend(Backend):
         frame = self._flight.popleft()
         if frame.busy:
             # It ended between two exits: another image must not overwrite what stages still read.
+            if not frame.joined:
+                self._ready.side.synchronize()
             self._wait(frame)
 
     def keep(self, rows: NDArray[np.intp], tensors: Sequence[str]) -> None:

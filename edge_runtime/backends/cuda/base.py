@@ -32,6 +32,7 @@ class DeviceFacts:
 
     Attributes:
         name: As the driver gives it.
+        index: Among the devices that this process sees.
         compute_capability: (major, minor), (8, 7) on Orin.
         driver: CUDA version of the driver, (major, minor).
         integrated: Whether it shares the host's memory, as on a Jetson.
@@ -43,6 +44,7 @@ class DeviceFacts:
     driver: tuple[int, int]
     integrated: bool
     memory_bytes: int
+    index: int = 0
 
 
 class Resource(ABC):
@@ -190,7 +192,10 @@ class Body(ABC):
 
     @abstractmethod
     def branch(self, condition: Condition) -> Body:
-        """Add a branch that runs if a kernel before it has set `condition`; returns its body."""
+        """Add a branch that runs if a kernel before it has set `condition`; returns its body.
+
+        It must not stay empty: before CUDA 12.8 an empty branch hangs the device.
+        """
 
 
 class Graph(Body, Resource):

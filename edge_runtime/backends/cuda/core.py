@@ -44,6 +44,8 @@ OLDEST_DRIVER_FOR_GRAPHS = (12, 4)
 #: (source, architecture, conditionals) -> code; compiling takes some tenths of a second, and
 #: opening a cascade needs the same kernels twice.
 _cubins: dict[tuple[str, str, bool], bytes] = {}
+#: The same, loaded. cuda-core never unloads what it has loaded, so nothing is loaded twice.
+_loaded: dict[tuple[str, str, bool], Any] = {}
 
 
 class CudaCore(Cuda):
@@ -253,6 +255,7 @@ class _Native:
             driver=version,
             integrated=bool(integrated),
             memory_bytes=int(self.call(what, driver.cuDeviceTotalMem, device)),
+            index=index,
         )
 
     def enter(self, index: int, context: Any) -> Any:
@@ -290,7 +293,9 @@ class _Native:
                 define_macro="GRAPH_CONDITIONALS" if conditionals else None,
             )
             _cubins[key] = self._compiled(source, options)
-        return self.core.ObjectCode.from_cubin(_cubins[key])
+        if key not in _loaded:
+            _loaded[key] = self.core.ObjectCode.from_cubin(_cubins[key])
+        return _loaded[key]
 
     def _compiled(self, source: str, options: Any) -> bytes:
         try:
@@ -480,7 +485,7 @@ class _Stream(Stream):
 
 
 class _Kernel(Kernel):
-    """A kernel; cuda-core unloads its code when nobody holds it."""
+    """A kernel."""
 
     def __init__(self, name: str, kernel: Any) -> None:
         self.name = name
@@ -537,6 +542,8 @@ class _Body(Body):
     def embed(self, graph: int) -> None:
         """See `Body.embed`."""
         what, driver = "embedding a graph", self._native.driver
+        if not self._native.call(what, driver.cuGraphGetNodes, driver.CUgraph(graph))[1]:
+            return  # A stage that does nothing; empty graphs in branches hang before CUDA 12.8.
         before = [node.handle for node in self._nodes[1:][-1:]]
         added = self._native.call(
             what,

@@ -343,6 +343,7 @@ def _facts(driver: Any, index: int) -> DeviceFacts:
             driver=_version(driver.get_driver_version()),
             integrated=bool(device.get_attribute(driver.device_attribute.INTEGRATED)),
             memory_bytes=int(device.total_memory()),
+            index=index,
         )
 
 

@@ -44,7 +44,8 @@ class Slot:
         self._control = inbox.host[: decide.CONTROL.itemsize].view(decide.CONTROL)
         self._images = inbox.host[_HEADER:].view(spec.dtype).reshape(batch, *spec.sample_shape())
         self._source = inbox.address
-        # A Jetson's GPU reads the host's memory as fast as its own: nothing is copied there.
+        # A Jetson's GPU shares the host's memory. Preprocessing reads the image about once, so
+        # copying it first would read it once more; which is faster has not been measured yet.
         self._copied = not cuda.facts.integrated
         self.control = keep(cuda.memory(self._bytes)).address if self._copied else inbox.address
         self.image = self.control + _HEADER

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from edge_runtime.backends.cuda import core
 from tests.cuda_without_gpu import SUPPORTED, Emulated, NotEmulatedError, load
 
 
@@ -22,6 +23,7 @@ def emulated_driver() -> Emulated:
 def begun(emulated_driver: Emulated) -> Iterator[Emulated]:
     """The emulated driver as at the start of a process; other tests find no device."""
     emulated_driver.reset()
+    core._loaded.clear()
     yield emulated_driver
     emulated_driver.reset()
     emulated_driver.set_device_count(0)

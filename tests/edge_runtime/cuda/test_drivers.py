@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_runtime.backends.cuda import decide, probe
+from edge_runtime.backends.cuda import core, decide, probe
 from edge_runtime.backends.cuda.base import Body, Cuda, Kernel, MappedMemory, Stream
 from edge_runtime.backends.cuda.core import CudaCore
 from edge_runtime.backends.cuda.fake import FakeCuda
@@ -769,6 +769,7 @@ def test_kernels_of_a_newer_cuda_than_the_drivers(emulated: Emulated) -> None:
     emulated.set_driver_version(12, 6)
     device = CudaCore().open()
     device.kernels(SOURCE, KERNELS)  # no judgement before the driver's
+    core._loaded.clear()
     emulated.fail("cuLibraryLoadData", 1, INVALID_IMAGE)
     with pytest.raises(BackendUnavailable, match=r"driver for CUDA 12\.6.*'cuda-core\[cu12\]'"):
         device.kernels(SOURCE, KERNELS)

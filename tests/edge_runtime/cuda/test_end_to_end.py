@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -182,6 +183,38 @@ class TestOnTheEmulatedDriverOnly:
         del left["library"]  # cuda-core keeps what it has loaded.
         assert not left
         assert emulated.live_bytes() == 0
+
+    def test_opening_again_loads_no_kernel_again(self, emulated: Emulated) -> None:
+        """cuda-core keeps what it has loaded until the process ends."""
+        counts = []
+        for _ in range(3):
+            with opened(CudaCore(), CudaOptions()) as cascade:
+                cascade(FRAMES[0])
+            counts.append(emulated.live_objects()["library"])
+        assert counts[0] == counts[1] == counts[2] > 0
+
+    def test_threads_that_come_and_go(self, emulated: Emulated) -> None:
+        """Their numbers are given out again, their contexts are not."""
+        with opened(CudaCore(), CudaOptions()) as cascade:
+            found = []
+            for _ in range(4):
+                thread = threading.Thread(target=lambda: found.append(said(cascade(FRAMES[0]))))
+                thread.start()
+                thread.join()
+            agree(found, reference(frames=FRAMES[:1]) * 4)
+
+    def test_a_stage_that_captures_nothing_is_left_out(self, emulated: Emulated) -> None:
+        device = CudaCore().open()
+        with (
+            device.stream() as stream,
+            stream.capture(lambda: None) as nothing,
+            device.graph() as graph,
+        ):
+            branch = graph.branch(graph.condition())
+            emulated.clear_log()
+            branch.embed(nothing.handle)
+            assert "cuGraphAddChildGraphNode" not in emulated.log()
+        device.close()
 
     def test_on_a_jetson_images_are_not_copied(self, emulated: Emulated) -> None:
         emulated.set_integrated(True)
