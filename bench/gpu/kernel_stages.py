@@ -46,6 +46,7 @@ __device__ void hand_on(const T* source, T* target, unsigned source_stride,
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         unsigned x = 1;
+#pragma unroll 1
         for (unsigned i = 0; i < steps; ++i) x = x * 1664525u + 1013904223u;
         *led_to = x;
     }

@@ -58,7 +58,7 @@ def run_alone(command: list[str], timeout_s: float) -> dict[str, Any]:
     try:
         done = subprocess.run(
             command,
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

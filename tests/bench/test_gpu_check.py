@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -482,7 +482,11 @@ class TestBounds:
         rows = [
             {
                 "exits_judged": k,
-                "us": {"plain": 5.0 + 10 * k, "frame": factor * 10 * k + 5 + a + c * k},
+                "us": {
+                    "plain": 5.0 + 10 * k,
+                    "plain_and_one_decide": 6.0 + 10 * k,
+                    "frame": factor * 10 * k + 5 + a + c * k,
+                },
             }
             for k in range(1, 13)
         ]
@@ -491,11 +495,31 @@ class TestBounds:
         assert found["c_us"] == pytest.approx(c + (factor - 1) * 10, abs=0.1)
         assert found["ok"] is ok
 
-    def test_one_slow_exit_is_not_hidden_by_the_line(self):
-        rows = [
-            {"exits_judged": k, "us": {"plain": 10.0 * k, "frame": 10.0 * k + 5 + 100 * (k == 6)}}
+    @staticmethod
+    def rows(extra: Callable[[int], float]) -> list[dict[str, Any]]:
+        return [
+            {
+                "exits_judged": k,
+                "us": {
+                    "plain": 10.0 * k,
+                    "plain_and_one_decide": 10.0 * k + 1,
+                    "frame": 10.0 * k + 5 + extra(k),
+                },
+            }
             for k in range(1, 13)
         ]
+
+    def test_one_slow_exit_is_not_hidden_by_the_line(self):
+        assert not gpu_timing.bound_of(self.rows(lambda k: 100 * (k == 6)), "frame")["ok"]
+
+    def test_a_large_cost_per_exit_is_not_hidden_by_the_line(self):
+        assert gpu_timing.bound_of(self.rows(lambda k: 20 * k), "frame")["ok"]
+        assert not gpu_timing.bound_of(self.rows(lambda k: 30 * k), "frame")["ok"]
+
+    def test_polling_is_what_counts_where_it_is_quicker(self):
+        rows = self.rows(lambda k: 0)
+        for row in rows:
+            row["us"]["plain_and_one_decide"] -= 40
         assert not gpu_timing.bound_of(rows, "frame")["ok"]
 
     def figures(self, graph: float, label: int = 3) -> dict[str, Any]:
@@ -572,6 +596,25 @@ class TestRun:
             "graph": "not run: not asked for",
             "sync": "not run: not asked for",
         }
+
+    def test_models_need_the_mode_that_they_are_compared_with(self):
+        lab = lab_on()
+        lab._only = ["graph"]
+        with pytest.raises(NotRun, match="compares with the mode sync, which is not run"):
+            gpu_torch.models(lab)
+
+    def test_the_repository_s_own_tests_are_found(self, monkeypatch):
+        ran = []
+
+        def run(command, **options):
+            ran.append((command, options["cwd"]))
+            return subprocess.CompletedProcess(command, 0, "3 passed", "")
+
+        monkeypatch.setattr(gpu_endurance.subprocess, "run", run)
+        assert gpu_endurance.contract(lab_on())["summary"] == "3 passed"
+        ((command, folder),) = ran
+        assert folder == ROOT
+        assert "tests/edge_runtime/cuda" in command
 
     def test_a_forced_mode_that_does_not_work_is_refused(self, tmp_path):
         old = fake(graphs="the driver is for CUDA 12.2")
