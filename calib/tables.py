@@ -9,7 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from calib.exit_table import ExitTable
+from edge_runtime import confidence
 from edge_runtime.cascade import Cascade
+from edge_runtime.confidence import Metric
 from edge_runtime.console import Console
 from edge_runtime.dataset import ImageDataset
 from edge_runtime.scheduler import Scheduler
@@ -34,6 +37,62 @@ class PredictionTable:
     cascade: Cascade
     logits: Mapping[str, NDArray[np.float32]]
     labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedTable:
+    """What every exit says about every sample, by one signal.
+
+    Attributes:
+        labels: Index of the largest logit, shape (samples, exits), int64.
+        signals: Confidence, the last exit's too, shape (samples, exits), float32.
+        truth: True class indices, shape (samples,), int64.
+        bounds: Smallest and largest value of the signal.
+    """
+
+    labels: NDArray[np.int64]
+    signals: NDArray[np.float32]
+    truth: NDArray[np.int64]
+    bounds: tuple[float, float]
+
+    @property
+    def exit_table(self) -> ExitTable:
+        """What thresholds are chosen from."""
+        return ExitTable(self.signals[:, :-1], self.correct, self.bounds)
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Whether each exit is right, shape (samples, exits)."""
+        right: NDArray[np.bool_] = self.labels == self.truth[:, None]
+        return right
+
+
+def judge(
+    table: PredictionTable, metric: Metric, temperatures: Mapping[str, float] | None = None
+) -> JudgedTable:
+    """Labels and signals of every exit, from its logits.
+
+    Args:
+        table: The logits.
+        metric: The signal.
+        temperatures: Exit name -> temperature of its logits; 1 where absent.
+    """
+    own = temperatures or {}
+    decisions = [
+        confidence.decide(table.logits[exit_.name], metric, own.get(exit_.name, 1.0))
+        for exit_ in table.cascade.exits
+    ]
+    return JudgedTable(
+        labels=np.stack([decision.labels for decision in decisions], axis=1),
+        signals=np.stack([decision.signal for decision in decisions], axis=1),
+        truth=table.labels,
+        bounds=confidence.bounds(metric, len(table.cascade.classes)),
+    )
+
+
+def exit_table(table: PredictionTable, metric: Metric) -> ExitTable:
+    """Signals and correctness of every exit, from its logits."""
+    return judge(table, metric).exit_table
 
 
 def collect(scheduler: Scheduler, data: ImageDataset, console: Console) -> PredictionTable:

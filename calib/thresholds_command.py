@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from calib.exit_table import CostModel, ExitTable
-from calib.tables import PredictionTable, collect, stage_seconds
+from calib.tables import collect, exit_table, stage_seconds
 from calib.thresholds import AccuracyDrop, Choice, CostBudget, Goal, ZeroLoss, choose, pays
-from edge_runtime import confidence, device, options
-from edge_runtime.confidence import METRICS, Metric
+from edge_runtime import device, options
+from edge_runtime.confidence import METRICS
 from edge_runtime.console import Console, milliseconds, percent
 from edge_runtime.errors import ConfigError
 from edge_runtime.manifest import Bundle
@@ -101,17 +99,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "verdicts": {one.point.name: one.text for one in found},
         "files": [str(file) for file in files],
     }
-
-
-def exit_table(table: PredictionTable, metric: Metric) -> ExitTable:
-    """Signals and correctness of every exit, from its logits."""
-    names = [exit_.name for exit_ in table.cascade.exits]
-    decisions = [confidence.decide(table.logits[name], metric) for name in names]
-    return ExitTable(
-        signals=np.stack([decision.signal for decision in decisions[:-1]], axis=1),
-        correct=np.stack([decision.labels == table.labels for decision in decisions], axis=1),
-        bounds=confidence.bounds(metric, len(table.cascade.classes)),
-    )
 
 
 def _goals(args: argparse.Namespace) -> dict[str, Goal]:

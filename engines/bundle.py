@@ -101,6 +101,80 @@ def write_bundle(
     return dataclasses.replace(bundle, path=out)
 
 
+def with_variants(
+    bundle: Bundle,
+    models: Mapping[str, Mapping[str, bytes]],
+    out: Path,
+    *,
+    provenance: Mapping[str, Any],
+    overwrite: bool = False,
+) -> Bundle:
+    """Write a bundle with more variants of stages; its default variants are the old one's.
+
+    Args:
+        bundle: The old bundle, which stays as it is unless it is at `out`.
+        models: Stage name -> precision -> ONNX file; they come behind the stage's own variants.
+        out: The new bundle's folder.
+        provenance: How the variants were made, as plain JSON data.
+        overwrite: Whether a bundle that is already at `out` may be replaced.
+
+    Returns:
+        The new bundle, opened and checked. Its provenance is the old one's with "made_of", the old
+        hash, and `provenance` at the end of the list "conversions". It has the old operating
+        points: the variants that they name are the same files.
+
+    Raises:
+        ConfigError: There is no such stage, it has such a variant, nothing is added, or `out`
+            exists and `overwrite` is False.
+        ManifestError: A model is no ONNX file or has external data, or the old bundle or one of
+            its operating points is not whole.
+        EdgeRuntimeError: The disk is full, or the folder can't be written; nothing is left behind.
+    """
+    for stage, added in models.items():
+        for precision in added:
+            if precision in bundle.record(stage).variants:
+                raise ConfigError(
+                    f"stage {stage!r} has a variant {precision!r} already",
+                    remedy="Start from a bundle without it",
+                )
+    if not any(models.values()):
+        raise ConfigError("no variant to add")
+    manifest = bundle.manifest
+    stages = [
+        BuiltStage(
+            record.stage,
+            {name: bundle.stage_model(record.name, name) for name in record.variants}
+            | dict(models.get(record.name, {})),
+        )
+        for record in manifest.stages
+    ]
+    old = manifest.provenance
+    made_of = {"made_of": bundle.hash}
+    return write_bundle(
+        out,
+        name=manifest.name,
+        classes=manifest.classes,
+        image=manifest.image,
+        stages=stages,
+        exits=manifest.exits,
+        provenance={
+            **old,
+            **made_of,
+            "conversions": [*old.get("conversions", ()), {**provenance, **made_of}],
+        },
+        boundary_dtype=manifest.boundary_dtype,
+        overwrite=overwrite,
+        operating_points=[_carried(bundle, name) for name in bundle.operating_points()],
+    )
+
+
+def _carried(bundle: Bundle, name: str) -> OperatingPoint:
+    """A point of a bundle, for one with the same default variants."""
+    point = bundle.operating_point(name)
+    chosen_on = {**point.chosen_on, "carried_from": bundle.hash}
+    return dataclasses.replace(point, bundle="", chosen_on=chosen_on)
+
+
 def _record(built: BuiltStage) -> StageRecord:
     stage = built.stage
     variants = {

@@ -13,7 +13,7 @@ from edge_runtime.errors import ConfigError, EdgeRuntimeError, ManifestError
 from edge_runtime.manifest import Bundle
 from edge_runtime.operating_point import OperatingPoint
 from edge_runtime.tensors import TensorSpec
-from engines.bundle import BuiltStage, write_bundle
+from engines.bundle import BuiltStage, with_variants, write_bundle
 
 IMAGE = TensorSpec("image", ("batch", 2), "float32")
 MIDDLE = TensorSpec("middle", ("batch", 2), "float32")
@@ -247,3 +247,97 @@ def test_refuses_stage_names_that_are_no_file_names(tmp_path: Path, name: str) -
     with pytest.raises(ConfigError, match="stage name"):
         write(tmp_path / "a", stages=stages)
     assert list(tmp_path.iterdir()) == []
+
+
+# More variants ----------------------------------------------------------------------------------
+
+
+MORE = {
+    "first": {"fp16": model("image", "middle", "Abs")},
+    "second": {"int8": model("middle", "logits", "Neg")},
+}
+
+
+def add(bundle: Bundle, out: Path, models=MORE, **options) -> Bundle:
+    return with_variants(bundle, models, out, provenance={"made_by": "a converter"}, **options)
+
+
+def test_variants_come_behind_those_that_are_there(tmp_path: Path) -> None:
+    old = write(tmp_path / "old")
+    new = add(old, tmp_path / "new")
+    assert new == Bundle.open(tmp_path / "new")
+    assert {r.name: list(r.variants) for r in new.manifest.stages} == {
+        "first": ["fp32", "fp16"],
+        "second": ["fp32", "fp16", "int8"],
+    }
+    assert new.stage_model("second", "int8") == MORE["second"]["int8"]
+    for record in old.manifest.stages:
+        for precision in record.variants:
+            have, want = (b.stage_model(record.name, precision) for b in (new, old))
+            assert have == want
+    assert new.precision("second", {}) == "fp32"
+    assert new.cascade == old.cascade and new.hash != old.hash
+    assert Bundle.open(tmp_path / "old") == old
+
+
+def test_provenance_grows(tmp_path: Path) -> None:
+    old = write(tmp_path / "old")
+    new = add(old, tmp_path / "new", {"first": MORE["first"]})
+    last = add(new, tmp_path / "last", {"second": MORE["second"]})
+    assert last.manifest.provenance == {
+        "made_by": "a test",
+        "numbers": [1, 2.5],
+        "made_of": new.hash,
+        "conversions": [
+            {"made_by": "a converter", "made_of": old.hash},
+            {"made_by": "a converter", "made_of": new.hash},
+        ],
+    }
+
+
+def test_operating_points_are_carried_over(tmp_path: Path) -> None:
+    old = write(tmp_path / "old")
+    points = [
+        OperatingPoint("chosen", bundle=old.hash, chosen_on={"data": "abc"}),
+        OperatingPoint("of-variants", bundle=old.hash, variants={"second": "fp16"}),
+    ]
+    for point in points:
+        old.write_operating_point(point)
+    new = add(old, tmp_path / "new")
+    assert list(new.operating_points()) == ["chosen", "of-variants"]
+    for point in points:
+        assert new.operating_point(point.name) == dataclasses.replace(
+            point, bundle=new.hash, chosen_on={**point.chosen_on, "carried_from": old.hash}
+        )
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ({"second": {"fp16": b""}}, "stage 'second' has a variant 'fp16' already"),
+        ({"third": {"fp16": b""}}, "the bundle has no stage 'third'"),
+        ({}, "no variant to add"),
+        ({"first": {}}, "no variant to add"),
+        ({"first": {"FP 16": model("image", "middle")}}, "stage 'first': precision 'FP 16'"),
+    ],
+)
+def test_refuses_variants(tmp_path: Path, models: dict, message: str) -> None:
+    old = write(tmp_path / "old")
+    with pytest.raises(ConfigError) as raised:
+        add(old, tmp_path / "new", models)
+    assert str(raised.value).startswith(message)
+    assert [p.name for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_refuses_variants_with_external_data(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"stage 'first' \(fp16\) refers to external data"):
+        add(write(tmp_path / "old"), tmp_path / "new", {"first": {"fp16": external()}})
+
+
+def test_a_bundle_can_get_variants_in_its_place(tmp_path: Path) -> None:
+    old = write(tmp_path / "a")
+    with pytest.raises(ConfigError, match="exists"):
+        add(old, tmp_path / "a")
+    new = add(old, tmp_path / "a", overwrite=True)
+    assert Bundle.open(tmp_path / "a") == new
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
