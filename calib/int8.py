@@ -6,7 +6,7 @@ histogram per tensor and forgotten. One pass serves every method.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,12 @@ from numpy.typing import NDArray
 
 from calib.histogram import METHODS, Histogram, Method
 from edge_runtime import schema
-from edge_runtime.backends.onnxrt import native_error, native_exceptions, new_session
-from edge_runtime.cascade import Stage
 from edge_runtime.dataset import ImageDataset, overlap
 from edge_runtime.errors import CalibrationError, ConfigError, ManifestError
 from edge_runtime.files import read_json, write_json
-from edge_runtime.manifest import Bundle
 from engines.onnx_graph import with_outputs
 from engines.onnx_package import onnx
+from engines.parts import Arrays, Part, session
 
 SCHEMA_VERSION = 1
 
@@ -118,14 +116,8 @@ def choose_images(
             expected=f">= {LEAST_SAMPLES}",
             remedy="Take them from the training data; some hundred are enough",
         )
-    likeness = _likeness(chosen)
-    if likeness < _LEAST_CORRELATION:
-        raise CalibrationError(
-            "the calibration images look like noise: correlation of neighbouring pixels",
-            got=f"{likeness:.2f}",
-            expected=f">= {_LEAST_CORRELATION}",
-            remedy="Ranges from random data fit nothing: give pictures such as the camera's",
-        )
+    step = max(1, len(chosen) // _LOOKED_AT)
+    refuse_noise(np.stack([chosen.image(i) for i in range(0, len(chosen), step)]))
     for name, other in used:
         common = overlap(chosen, other)
         if common:
@@ -138,15 +130,30 @@ def choose_images(
     return chosen
 
 
-def _likeness(data: ImageDataset) -> float:
-    """Median over images of the correlation of horizontal neighbours."""
-    found = []
-    for index in range(0, len(data), max(1, len(data) // _LOOKED_AT)):
-        image = data.image(index).astype(np.float64)
+def refuse_noise(images: NDArray[Any]) -> None:
+    """Refuse images that are no pictures.
+
+    Args:
+        images: Shape (n, H, W, C), or (n, C, H, W) where that has 1 or 3 channels.
+
+    Raises:
+        CalibrationError: Horizontal neighbours don't resemble each other.
+    """
+    if images.shape[1] in (1, 3):
+        images = images.transpose(0, 2, 3, 1)
+    found = [0.0]
+    for image in images[:_LOOKED_AT].astype(np.float64):
         left, right = image[:, :-1].ravel(), image[:, 1:].ravel()
         if left.std() > 0 and right.std() > 0:
             found.append(float(np.corrcoef(left, right)[0, 1]))
-    return float(np.median(found)) if found else 0.0
+    likeness = float(np.median(found[1:] or found))
+    if likeness < _LEAST_CORRELATION:
+        raise CalibrationError(
+            "the calibration images look like noise: correlation of neighbouring pixels",
+            got=f"{likeness:.2f}",
+            expected=f">= {_LEAST_CORRELATION}",
+            remedy="Ranges from random data fit nothing: give pictures such as the camera's",
+        )
 
 
 def readable(data: ImageDataset, size: int) -> Iterable[NDArray[np.uint8]]:
@@ -181,38 +188,47 @@ def readable(data: ImageDataset, size: int) -> Iterable[NDArray[np.uint8]]:
 
 
 def histograms(
-    bundle: Bundle, batches: Iterable[NDArray[Any]], tensors: Mapping[str, Sequence[str]]
+    parts: Sequence[Part], batches: Iterable[Arrays], tensors: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, Histogram]]:
-    """Run the bundle's default stages on images, and count the values of tensors.
+    """Run FP32 stages one after another on samples, and count the values of their tensors.
 
     Args:
-        bundle: The bundle.
-        batches: Images, as its first stage takes them.
+        parts: The stages, in order of execution.
+        batches: Samples: input name -> array, as the first stages take them.
         tensors: Stage -> names of tensors of its graph, inputs and outputs among them.
 
     Returns:
         Stage -> tensor -> histogram.
 
     Raises:
-        CalibrationError: A value is NaN or infinite, or there was no image.
+        CalibrationError: A value is NaN or infinite, or there was no sample.
         BackendError: A stage failed.
     """
-    found = {s: {name: Histogram() for name in names} for s, names in tensors.items()}
-    chain = [_Watched(bundle, stage, tensors.get(stage.name, ())) for stage in _needed(bundle)]
-    images = 0
+    found = {stage: {name: Histogram() for name in names} for stage, names in tensors.items()}
+    runs = {part.stage: _watching(part, tensors.get(part.stage, ())) for part in parts}
+    samples = 0
     for batch in batches:
-        known: dict[str, NDArray[Any]] = {bundle.cascade.image.name: batch}
-        for watched in chain:
-            for name, value in watched.run(known).items():
+        known = dict(batch)
+        for part in parts:
+            made = part.apply(runs[part.stage], known)
+            for name, histogram in found.get(part.stage, {}).items():
                 try:
-                    found[watched.stage.name][name].add(value)
+                    histogram.add(known[name] if name in part.inputs else made[name])
                 except CalibrationError as error:
-                    where = f"stage {watched.stage.name!r}, tensor {name!r}"
-                    raise CalibrationError(f"{where}: {error}") from error
-        images += len(batch)
-    if not images:
+                    raise CalibrationError(f"{part.name}, tensor {name!r}: {error}") from error
+            known |= {name: made[name] for name in part.outputs}
+        samples += len(next(iter(batch.values())))
+    if not samples:
         raise CalibrationError("there is no calibration image")
     return found
+
+
+def _watching(part: Part, tensors: Sequence[str]) -> Callable[[Arrays], Arrays]:
+    """A session of a part that hands out some tensors of its graph too."""
+    inner = [name for name in tensors if name not in part.inputs]
+    names = list(dict.fromkeys([*part.outputs, *inner]))
+    model = onnx.load_model_from_string(part.model)
+    return session(part, with_outputs(model, names).SerializeToString(), names)
 
 
 def ranges_of(
@@ -235,51 +251,6 @@ def ranges_of(
         },
         dict(chosen_on),
     )
-
-
-class _Watched:
-    """A stage's session that also hands out the tensors that are asked for."""
-
-    def __init__(self, bundle: Bundle, stage: Stage, tensors: Sequence[str]) -> None:
-        self.stage = stage
-        inputs = {spec.name for spec in stage.inputs}
-        self._of_inputs = [name for name in tensors if name in inputs]
-        self._of_graph = [name for name in tensors if name not in inputs]
-        self._outputs = [spec.name for spec in stage.outputs]
-        model = onnx.load_model_from_string(bundle.stage_model(stage.name, _first(bundle, stage)))
-        names = list(dict.fromkeys([*self._outputs, *self._of_graph]))
-        self._session = new_session(with_outputs(model, names).SerializeToString())
-        self._names = names
-        self._single = any(spec.shape[0] == 1 for spec in stage.inputs)
-
-    def run(self, known: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run the stage, add its outputs to `known`, and return the watched tensors."""
-        feeds = {spec.name: known[spec.name] for spec in self.stage.inputs}
-        count = len(next(iter(feeds.values())))
-        rows = [slice(i, i + 1) for i in range(count)] if self._single else [slice(None)]
-        try:
-            runs = [
-                self._session.run(self._names, {k: v[row] for k, v in feeds.items()})
-                for row in rows
-            ]
-        except native_exceptions() as error:
-            name = self.stage.name
-            raise native_error(error, f"stage {name!r} failed", name) from error
-        made = {
-            name: np.concatenate([np.atleast_1d(run[i]) for run in runs])
-            for i, name in enumerate(self._names)
-        }
-        known |= {name: made[name] for name in self._outputs}
-        watched = {name: made[name] for name in self._of_graph}
-        return watched | {name: feeds[name] for name in self._of_inputs}
-
-
-def _needed(bundle: Bundle) -> tuple[Stage, ...]:
-    return bundle.cascade.plan(range(len(bundle.cascade.exits))).stages
-
-
-def _first(bundle: Bundle, stage: Stage) -> str:
-    return bundle.precision(stage.name, {})
 
 
 __all__ = [

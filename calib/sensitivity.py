@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from calib.crossval import CrossValidation, paired_interval
 from calib.exit_table import CostModel, Point
-from calib.sweep import measure
+from calib.sweep import Front, measure, sweep
 from calib.tables import JudgedTable, collect, judge
 from calib.thresholds import Choice, Goal, choose
 from edge_runtime.confidence import Metric, bounds
@@ -233,9 +233,7 @@ def stages_with(
         ConfigError: There is none, or one of `stages` does not exist, has no such variant, runs
             at it already or serves no exit.
     """
-    remedy = f"Make it with: edge-runtime {_MAKERS.get(precision, _MAKERS['int8'])}".format(
-        bundle=bundle.path
-    )
+    remedy = _how_to_make(bundle, precision)
     needed = bundle.cascade.plan(range(len(bundle.cascade.exits))).stages
     for name in stages or ():
         if precision not in bundle.record(name).variants:
@@ -264,10 +262,11 @@ def stages_with(
     return found
 
 
-_MAKERS = {
-    "int8": "quantize {bundle} --data DIR --out NEW",
-    "fp16": "convert {bundle} --precision fp16 --out NEW",
-}
+def _how_to_make(bundle: Bundle, precision: str) -> str:
+    command = f"quantize {bundle.path} --data DIR"
+    if precision != "int8":
+        command = f"convert {bundle.path} --precision {precision}"
+    return f"Make it with: edge-runtime {command} --out NEW"
 
 
 @dataclass(frozen=True)
@@ -447,6 +446,9 @@ class PrecisionChoice:
         forgotten: The chosen variants with the base's thresholds: what happens if nobody chooses
             them anew.
         after: The chosen variants with thresholds of their own.
+        rival: The base with the cheapest thresholds that are as accurate as `after`; None where
+            there are none, or no variant was chosen. Thresholds that may lose something make a
+            cascade cheaper at any precision, so this is what a precision has to beat.
         choice: The choice of these; None where no variant was chosen.
         loss: Accuracy that `after` loses against `before`, a fraction; negative where it gains.
         interval: 95 % interval of the loss on all the data there could be.
@@ -459,6 +461,7 @@ class PrecisionChoice:
     before: Figures
     forgotten: Figures
     after: Figures
+    rival: Figures | None
     choice: Choice | None
     loss: float
     interval: tuple[float, float]
@@ -533,8 +536,8 @@ def choose_precisions(
     """Run at another precision every stage that is faster there, as far as accuracy allows.
 
     It begins with all variants that are clearly faster, and chooses thresholds anew. While the
-    cascade loses more than the budget, or is no cheaper than before, the stage whose variant
-    changes most labels for the time that it saves goes back.
+    cascade loses more than the budget, or is no cheaper than the base that is as accurate, the
+    stage whose variant changes most labels for the time that it saves goes back.
 
     Args:
         mixes: Bundle, data, signal and base.
@@ -562,12 +565,13 @@ def choose_precisions(
         if name not in alone:
             raise CalibrationError(f"there is no effect of stage {name!r}")
     left = dict(times.not_faster)
+    front = sweep(mixes.judged({}).exit_table, _costs(mixes, times, {}))
     choice: Choice | None = None
     while chosen:
         variants = _at(chosen, times.precision)
         table, costs = mixes.judged(variants).exit_table, _costs(mixes, times, variants)
         choice = choose(table, costs, goal, repeats=0)
-        trouble = _trouble(before.point, choice.point, budget)
+        trouble = _trouble(before.point, choice.point, _rival(front, choice.point), budget)
         if not trouble:
             choice = choose(table, costs, goal, repeats=repeats, folds=folds, seed=seed)
             break
@@ -580,6 +584,7 @@ def choose_precisions(
         choice = None
     variants = _at(chosen, times.precision)
     after = before if choice is None else _figures(choice)
+    rival = None if choice is None else _rival(front, choice.point)
     loss, interval = _loss(
         mixes.judged({}), before.point.thresholds, mixes.judged(variants), after.point.thresholds
     )
@@ -591,13 +596,14 @@ def choose_precisions(
         before=before,
         forgotten=at_thresholds(mixes, times, variants, before.thresholds),
         after=after,
+        rival=None if rival is None else Figures(mixes.exits, rival, front.base),
         choice=choice,
         loss=loss,
         interval=interval,
     )
 
 
-def _trouble(before: Point, after: Point, budget: float) -> str:
+def _trouble(before: Point, after: Point, rival: Point | None, budget: float) -> str:
     """Why a mix is not acceptable; empty if it is."""
     lost = before.correct - after.correct
     # A budget of 0.07 of 100 samples is 7 of them, whatever 0.07 * 100 rounds to.
@@ -606,7 +612,18 @@ def _trouble(before: Point, after: Point, budget: float) -> str:
             f"with it the cascade loses {100 * lost / sum(before.counts):.2f} points, "
             f"{100 * budget:g} are allowed"
         )
-    return "" if after.cost < before.cost else "with it the cascade is no cheaper than before"
+    if rival is not None and rival.cost <= after.cost:
+        return "with it the cascade is no cheaper than one without that is as accurate"
+    return ""
+
+
+def _rival(front: Front, after: Point) -> Point | None:
+    """The cheapest point of the base that is as accurate as another one."""
+    rows = np.flatnonzero(front.correct >= after.correct)
+    points = [front.point(int(rows[0]))] if len(rows) else []
+    if front.base.correct >= after.correct:
+        points.append(front.base)
+    return min(points, key=lambda point: point.cost, default=None)
 
 
 def _harm(effect: StageEffect, times: VariantTimes) -> float:
@@ -641,4 +658,4 @@ def _costs(mixes: Mixes, times: VariantTimes, variants: Mapping[str, str]) -> Co
 
 
 def _at(stages: Sequence[str], precision: str) -> dict[str, str]:
-    return {name: precision for name in stages}
+    return dict.fromkeys(stages, precision)

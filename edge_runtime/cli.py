@@ -40,8 +40,10 @@ SECTIONS: dict[str, dict[str, Command]] = {
     },
     "make": {
         "export": Command("engines.export_command", "plain ONNX classifiers -> a bundle"),
+        "quantize": Command("calib.quantize_command", "a bundle, or one ONNX file, in INT8"),
         "convert": Command("engines.convert_command", "a bundle, or one ONNX file, in FP16"),
         "thresholds": Command("calib.thresholds_command", "operating points from labelled data"),
+        "precision": Command("calib.precision_command", "which stages run at INT8 or FP16"),
     },
     "measure": {
         "evaluate": Command(

@@ -11,13 +11,10 @@ and still run the variants that they ran. Stages of kind "preprocess" are left a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import math
-import os
-import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,19 +23,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.console import Console, percent
-from edge_runtime.dataset import ImageDataset, parse_size
 from edge_runtime.errors import (
-    BackendError,
     ConfigError,
-    EdgeRuntimeError,
     EngineBuildError,
-    ManifestError,
 )
 from edge_runtime.files import check_target, sha256
 from edge_runtime.manifest import Bundle
 from edge_runtime.options import count, positive
-from edge_runtime.tensors import BATCH, TensorSpec
 from engines.bundle import with_variants
+from engines.parts import (
+    SAMPLES,
+    Part,
+    Samples,
+    bundle_parts,
+    check_file,
+    file_part,
+    naming,
+    open_samples,
+    session,
+    write_file,
+)
 
 if TYPE_CHECKING:
     from engines.fp16 import Converted
@@ -50,13 +54,6 @@ PRECISION = "fp16"
 #: with random weights, and to 1.4 % where small differences of large inputs are taken. An overflow
 #: or a lost epsilon, which this is to catch, costs far more.
 TOLERANCE = 0.02
-
-_SAMPLES = 512
-_BATCH = 8
-#: Camera image and number of samples where nobody gives data.
-_NOISE_SIZE, _NOISE_SAMPLES = (240, 320), 16
-
-Arrays = dict[str, NDArray[Any]]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -88,9 +85,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--samples",
         type=count,
-        default=_SAMPLES,
+        default=SAMPLES,
         metavar="N",
-        help=f"how many of them to use, of all classes alike (default {_SAMPLES})",
+        help=f"how many of them to use, of all classes alike (default {SAMPLES})",
     )
     group.add_argument(
         "--image-size",
@@ -111,8 +108,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         return _convert_file(args, console)
     bundle = Bundle.open(args.source)
     check_target(args.out, overwrite=args.overwrite)
-    parts = _parts(bundle, args.stages)
-    samples = _samples(args, [bundle.cascade.image], bundle.cascade.classes)
+    parts = bundle_parts(bundle, args.stages, PRECISION)
+    samples = open_samples(args, [bundle.cascade.image], bundle.cascade.classes)
     exits = {exit_.name: exit_.logits for exit_ in bundle.cascade.exits}
     work = _work(parts, samples, exits, args, console)
     new = with_variants(
@@ -126,59 +123,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     console.line(f"hash    {new.hash}")
     console.line(f"points  {', '.join(bundle.operating_points()) or 'none'} (carried over)")
     return {"bundle": str(new.path), "hash": new.hash, "made_of": bundle.hash, **work.result()}
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A stage, or the whole of a bare file.
-
-    Attributes:
-        name: For people: "stage 'x'", or the file.
-        stage: The stage's name, or the file.
-        model: Its ONNX file in FP32.
-        inputs: Names of the tensors it reads.
-        outputs: Names of those it writes.
-        single: Whether it takes one sample at a time.
-        chosen: Whether it is to be converted.
-    """
-
-    name: str
-    stage: str
-    model: bytes
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    single: bool
-    chosen: bool
-
-    def apply(self, run: Callable[[Arrays], Arrays], known: Mapping[str, NDArray[Any]]) -> Arrays:
-        """Run a batch through one of its sessions, whatever batch that takes."""
-        feeds = {name: known[name] for name in self.inputs}
-        if not self.single:
-            return run(feeds)
-        size = len(feeds[self.inputs[0]])
-        rows = [run({k: v[i : i + 1] for k, v in feeds.items()}) for i in range(size)]
-        return {
-            name: np.concatenate([np.atleast_1d(row[name]) for row in rows])
-            for name in self.outputs
-        }
-
-
-@dataclass(frozen=True)
-class _Samples:
-    """What the comparison runs on.
-
-    Attributes:
-        batches: Makes batches, input name -> array, as often as it is called.
-        size: Number of samples.
-        data: What a provenance says of the data; None for noise.
-    """
-
-    batches: Callable[[], Iterator[Arrays]]
-    size: int
-    data: Mapping[str, Any] | None
-
-    def progress(self, console: Console, description: str) -> Iterator[Arrays]:
-        return console.progress(self.batches(), description, -(-self.size // _BATCH))
 
 
 class _Difference:
@@ -223,7 +167,7 @@ class _Work:
         tolerance: What errors are held to.
     """
 
-    samples: _Samples
+    samples: Samples
     overflows: Mapping[str, Mapping[str, float]]
     converted: Mapping[str, Converted]
     original_bytes: Mapping[str, int]
@@ -267,48 +211,9 @@ class _Work:
         }
 
 
-def _parts(bundle: Bundle, stages: str | None) -> list[_Part]:
-    """The stages in order of execution, and which of them are to be converted."""
-    names = [record.name for record in bundle.manifest.stages if record.kind != "preprocess"]
-    if stages is not None:
-        asked = [name.strip() for name in stages.split(",") if name.strip()]
-        for name in asked:
-            if bundle.record(name).kind == "preprocess":
-                raise ConfigError(
-                    f"--stages: {name!r} is a preprocess stage, which is left as it is",
-                    expected=", ".join(names),
-                )
-        names = [name for name in names if name in asked]
-    if not names:
-        raise ConfigError("there is no stage to convert")
-    parts = []
-    for record in bundle.manifest.stages:
-        chosen = record.name in names
-        if chosen and ("fp32" not in record.variants or PRECISION in record.variants):
-            there = PRECISION in record.variants
-            raise ConfigError(
-                f"stage {record.name!r} has {f'{PRECISION} already' if there else 'no fp32'}",
-                got=", ".join(record.variants),
-                remedy="Name the stages to convert with --stages",
-            )
-        precision = "fp32" if "fp32" in record.variants else next(iter(record.variants))
-        parts.append(
-            _Part(
-                f"stage {record.name!r}",
-                record.name,
-                bundle.stage_model(record.name, precision),
-                tuple(spec.name for spec in record.inputs),
-                tuple(spec.name for spec in record.outputs),
-                any(spec.shape[0] == 1 for spec in record.inputs),
-                chosen,
-            )
-        )
-    return parts
-
-
 def _work(
-    parts: Sequence[_Part],
-    samples: _Samples,
+    parts: Sequence[Part],
+    samples: Samples,
     exits: Mapping[str, str],
     args: argparse.Namespace,
     console: Console,
@@ -331,7 +236,7 @@ def _work(
 
 
 def _ranges(
-    parts: Sequence[_Part], samples: _Samples, console: Console
+    parts: Sequence[Part], samples: Samples, console: Console
 ) -> dict[str, dict[str, float]]:
     """Stage -> tensors beyond FP16, from one pass of the data through the FP32 chain."""
     from engines.fp16 import RangeFinder
@@ -339,38 +244,40 @@ def _ranges(
     finders = {}
     for part in parts:
         if part.chosen:
-            with _naming(part):
+            with naming(part):
                 finders[part.stage] = RangeFinder(part.model)
     runs = {
-        part.stage: finders[part.stage].run if part.chosen else _session(part, part.model)
+        part.stage: finders[part.stage].run if part.chosen else session(part, part.model)
         for part in parts
     }
     for batch in samples.progress(console, "looking for values beyond FP16"):
         known = dict(batch)
         for part in parts:
-            with _naming(part):
+            with naming(part):
                 known |= part.apply(runs[part.stage], known)
     return {stage: finder.overflows() for stage, finder in finders.items()}
 
 
-def _converted(part: _Part, overflows: Mapping[str, float]) -> Converted:
+def _converted(part: Part, overflows: Mapping[str, float]) -> Converted:
     from engines.fp16 import convert, nodes_to_keep
 
-    with _naming(part):
+    with naming(part):
         return convert(part.model, keep=nodes_to_keep(part.model, overflows))
 
 
 def _compare(
-    parts: Sequence[_Part],
+    parts: Sequence[Part],
     converted: Mapping[str, Converted],
-    samples: _Samples,
+    samples: Samples,
     exits: Mapping[str, str],
     console: Console,
 ) -> tuple[dict[str, dict[str, _Difference]], dict[str, _Difference]]:
     """Each stage fed with FP32 inputs, and the chain from end to end."""
-    full = {part.stage: _session(part, part.model) for part in parts}
+    from engines.fp16 import emulated
+
+    full = {part.stage: session(part, part.model) for part in parts}
     half = full | {
-        part.stage: _session(part, converted[part.stage].model, half=True)
+        part.stage: session(part, emulated(converted[part.stage].model))
         for part in parts
         if part.chosen
     }
@@ -394,36 +301,7 @@ def _compare(
     return errors, ends
 
 
-def _session(part: _Part, model: bytes, *, half: bool = False) -> Callable[[Arrays], Arrays]:
-    """A session of a part in either precision."""
-    from edge_runtime.backends.onnxrt import native_error, native_exceptions, new_session
-    from engines.fp16 import emulated
-
-    with _naming(part):
-        session = new_session(emulated(model) if half else model)
-    names = list(part.outputs)
-
-    def run(feeds: Arrays) -> Arrays:
-        try:
-            return dict(zip(names, session.run(names, feeds), strict=True))
-        except native_exceptions() as error:
-            raise native_error(error, f"{part.name} failed", part.stage) from error
-
-    return run
-
-
-@contextlib.contextmanager
-def _naming(part: _Part) -> Iterator[None]:
-    """Put the stage's name before what is wrong with it."""
-    try:
-        yield
-    except (EngineBuildError, BackendError, ManifestError) as error:
-        if str(error).startswith(part.name):
-            raise
-        raise EngineBuildError(f"{part.name}: {error}") from error
-
-
-def _too_far(part: _Part, work: _Work) -> EngineBuildError:
+def _too_far(part: Part, work: _Work) -> EngineBuildError:
     name, worst = next(
         (name, one)
         for name, one in work.errors[part.stage].items()
@@ -499,33 +377,13 @@ def _provenance(work: _Work, args: argparse.Namespace) -> dict[str, Any]:
 
 def _convert_file(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The same for one ONNX file."""
-    from engines.classifier import read_model
-
     if args.stages is not None:
         raise ConfigError("--stages is for bundles", got=str(args.source))
-    _check_file(args.source, args.out, overwrite=args.overwrite)
-    proto = read_model(args.source, "the model")
-    inputs = [_spec(value) for value in proto.graph.input]
-    outputs = tuple(value.name for value in proto.graph.output)
-    single = any(spec.shape[0] == 1 for spec in inputs)
-    data = proto.SerializeToString()
-    part = _Part(
-        str(args.source),
-        str(args.source),
-        data,
-        tuple(spec.name for spec in inputs),
-        outputs,
-        single,
-        True,
-    )
-    logits = {
-        value.name: value.name
-        for value in proto.graph.output
-        if len(value.type.tensor_type.shape.dim) == 2
-    }
-    work = _work([part], _samples(args, inputs, None), logits, args, console)
+    check_file(args.source, args.out, overwrite=args.overwrite)
+    part, inputs, logits = file_part(args.source)
+    work = _work([part], open_samples(args, inputs, None), logits, args, console)
     (converted,) = work.converted.values()
-    _write(args.out, converted.model)
+    write_file(args.out, converted.model)
     console.line(f"wrote   {args.out}")
     return {
         "file": str(args.out),
@@ -533,159 +391,3 @@ def _convert_file(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "made_of": sha256(args.source.read_bytes()),
         **work.result(),
     }
-
-
-def _spec(value: Any) -> TensorSpec:
-    """Spec of an ONNX input."""
-    from engines.onnx_package import onnx
-
-    tensor = value.type.tensor_type
-    dims = enumerate(tensor.shape.dim)
-    axes = [dim.dim_value or dim.dim_param or f"axis{i}" for i, dim in dims]
-    if not axes or (isinstance(axes[0], int) and axes[0] != 1):
-        raise ConfigError(
-            f"input {value.name!r}",
-            got=f"shape {axes}",
-            expected="the batch as its first axis, 1 or symbolic",
-        )
-    batch = 1 if axes[0] == 1 else BATCH
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-    return TensorSpec(value.name, (batch, *axes[1:]), np.dtype(dtype).name)
-
-
-def _check_file(source: Path, out: Path, *, overwrite: bool) -> None:
-    """Refuse an output file before any long work."""
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"the folder {out.parent} does not exist", remedy="Create it first")
-    if out.exists() and (not out.is_file() or out.samefile(source)):
-        raise ConfigError(f"{out} is not replaced", remedy="Choose another --out")
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} exists", remedy="Choose another --out, or give --overwrite")
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    path = Path(os.path.realpath(path))
-    writing = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with writing.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        writing.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            writing.unlink()
-        if isinstance(error, OSError):
-            raise EdgeRuntimeError(f"{path} was not written: {error}") from error
-        raise
-
-
-def _samples(
-    args: argparse.Namespace, inputs: Sequence[TensorSpec], classes: Sequence[str] | None
-) -> _Samples:
-    """Data where there is some, else noise.
-
-    Args:
-        args: The command's.
-        inputs: What the model or the cascade reads.
-        classes: The bundle's; None for a bare file.
-    """
-    if args.data is None:
-        return _noise(inputs)
-    path = Path(args.data)
-    if not path.exists():
-        raise ConfigError(f"the data {path} does not exist")
-    takes_images = len(inputs) == 1 and _is_camera_image(inputs[0])
-    if takes_images and (classes is not None or path.is_dir()):
-        return _images(args, path, inputs[0], classes)
-    if path.is_dir():
-        raise ConfigError(
-            f"the data {path} has images, and the model takes none from a camera",
-            got="; ".join(f"{spec.name} {spec}" for spec in inputs),
-            expected="(batch, height, width, channels) uint8",
-            remedy="Give an npz with an array named as each input, or make a bundle that has the "
-            "model's preprocessing: edge-runtime export",
-        )
-    return _arrays(args, path, inputs, also="images" if takes_images else None)
-
-
-def _is_camera_image(spec: TensorSpec) -> bool:
-    return len(spec.shape) == 4 and spec.dtype == "uint8" and spec.shape[3] in (1, 3)
-
-
-def _images(
-    args: argparse.Namespace, path: Path, spec: TensorSpec, classes: Sequence[str] | None
-) -> _Samples:
-    if classes is None:  # labels are of no use here
-        classes = sorted(e.name for e in path.iterdir() if e.is_dir() and e.name[0] != ".")
-    size = parse_size(args.image_size) if args.image_size else None
-    data = ImageDataset.open(path, classes, image_size=size, channels=int(spec.shape[3]))
-    data = data.balanced(args.samples, seed=0)
-    spec.check(data.image(0)[None])
-
-    def batches() -> Iterator[Arrays]:
-        return ({spec.name: images} for images, _ in data.batches(_BATCH))
-
-    return _Samples(batches, len(data), {"hash": data.hash, "image_size": args.image_size})
-
-
-def _arrays(
-    args: argparse.Namespace, path: Path, inputs: Sequence[TensorSpec], also: str | None
-) -> _Samples:
-    """An npz with an array for each input; `also` is another name for the only one."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = {spec.name: spec.name for spec in inputs}
-            if also is not None and inputs[0].name not in file.files:
-                names = {inputs[0].name: also}
-            missing = [name for name in names.values() if name not in file.files]
-            if missing:
-                raise ConfigError(
-                    f"the data {path}: arrays",
-                    got=", ".join(file.files) or "none",
-                    expected=", ".join(f"{spec.name} {spec}" for spec in inputs),
-                )
-            arrays = {name: file[stored] for name, stored in names.items()}
-    except (OSError, ValueError, AttributeError, EOFError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"the data {path} is no npz: {error}") from error
-    for spec in inputs:
-        spec.check(arrays[spec.name])
-    lengths = {name: len(values) for name, values in arrays.items()}
-    if len(set(lengths.values())) > 1:
-        raise ConfigError(f"the data {path}: numbers of samples", got=lengths, expected="one")
-    total = next(iter(lengths.values()))
-    rows = np.unique(np.linspace(0, total - 1, min(total, args.samples)).astype(int))
-    arrays = {name: values[rows] for name, values in arrays.items()}
-    digest = sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays)))
-    return _Samples(lambda: _batches(arrays), len(rows), {"hash": digest, "image_size": None})
-
-
-def _noise(inputs: Sequence[TensorSpec]) -> _Samples:
-    rng = np.random.default_rng(0)
-    arrays: Arrays = {}
-    sides = dict(zip(("height", "width"), _NOISE_SIZE, strict=True))
-    for spec in inputs:
-        shape = [sides.get(axis, axis) if isinstance(axis, str) else axis for axis in spec.shape]
-        lengths = [axis for axis in shape[1:] if isinstance(axis, int)]
-        if len(lengths) < len(spec.shape) - 1 or spec.dtype not in ("uint8", "float32"):
-            raise ConfigError(
-                f"input {spec.name!r}: nobody knows what noise would suit it",
-                got=str(spec),
-                remedy="Give --data, an npz with an array named as each input",
-            )
-        whole = (_NOISE_SAMPLES, *lengths)
-        arrays[spec.name] = (
-            rng.integers(0, 256, whole, dtype=np.uint8)
-            if spec.dtype == "uint8"
-            else rng.standard_normal(whole, dtype=np.float32)
-        )
-    return _Samples(lambda: _batches(arrays), _NOISE_SAMPLES, None)
-
-
-def _batches(arrays: Arrays) -> Iterator[Arrays]:
-    total = len(next(iter(arrays.values())))
-    for start in range(0, total, _BATCH):
-        yield {name: values[start : start + _BATCH] for name, values in arrays.items()}

@@ -11,6 +11,7 @@ import pytest
 from calib.int8 import LEAST_SAMPLES, Ranges, choose_images, histograms, ranges_of, readable
 from edge_runtime import Bundle, CalibrationError, ConfigError, ManifestError
 from edge_runtime.dataset import ImageDataset
+from engines.parts import Part, bundle_parts
 from tests.toys import CLASSES, toy_bundle, toy_images
 
 
@@ -25,6 +26,14 @@ def pictures(count: int, *, seed: int = 0, size: int = 16) -> ImageDataset:
     ramp = np.linspace(0, 200, size)[None, None, :, None]
     images = ramp + random.integers(0, 50, (count, size, size, 3))
     return ImageDataset.from_arrays(images.astype(np.uint8), np.arange(count) % 4, CLASSES)
+
+
+def parts(bundle: Bundle) -> list[Part]:
+    return bundle_parts(bundle, None, "int8")
+
+
+def feeds(*batches: np.ndarray) -> list[dict[str, np.ndarray]]:
+    return [{"image": batch} for batch in batches]
 
 
 class TestImages:
@@ -107,7 +116,7 @@ class TestHistograms:
         from engines.verify import run_stages
 
         images = toy_images(20)
-        found = histograms(bundle, [images[:8], images[8:]], self.TENSORS)
+        found = histograms(parts(bundle), feeds(images[:8], images[8:]), self.TENSORS)
         models = {s.name: bundle.stage_model(s.name, "fp32") for s in bundle.cascade.stages}
         known = run_stages(bundle.cascade, models, images)
         assert found["segment1"]["features"].largest == pytest.approx(
@@ -119,8 +128,9 @@ class TestHistograms:
 
     def test_batches_do_not_matter(self, bundle: Bundle) -> None:
         images = toy_images(20)
-        one = histograms(bundle, [images], self.TENSORS)
-        many = histograms(bundle, [images[i : i + 1] for i in range(20)], self.TENSORS)
+        one = histograms(parts(bundle), feeds(images), self.TENSORS)
+        alone = feeds(*(images[i : i + 1] for i in range(20)))
+        many = histograms(parts(bundle), alone, self.TENSORS)
         for method in ("minmax", "percentile"):
             a, b = (ranges_of(h, method, {}).stages for h in (one, many))
             for stage in a:
@@ -129,7 +139,7 @@ class TestHistograms:
 
     def test_no_image_is_refused(self, bundle: Bundle) -> None:
         with pytest.raises(CalibrationError, match="no calibration image"):
-            histograms(bundle, [], self.TENSORS)
+            histograms(parts(bundle), [], self.TENSORS)
 
 
 class TestRangesFile:
