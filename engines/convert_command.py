@@ -239,7 +239,7 @@ def _ranges(
     parts: Sequence[Part], samples: Samples, console: Console
 ) -> dict[str, dict[str, float]]:
     """Stage -> tensors beyond FP16, from one pass of the data through the FP32 chain."""
-    from engines.fp16 import RangeFinder
+    from engines.fp16_ranges import RangeFinder
 
     finders = {}
     for part in parts:
@@ -259,7 +259,8 @@ def _ranges(
 
 
 def _converted(part: Part, overflows: Mapping[str, float]) -> Converted:
-    from engines.fp16 import convert, nodes_to_keep
+    from engines.fp16 import convert
+    from engines.fp16_ranges import nodes_to_keep
 
     with naming(part):
         return convert(part.model, keep=nodes_to_keep(part.model, overflows))
@@ -273,7 +274,7 @@ def _compare(
     console: Console,
 ) -> tuple[dict[str, dict[str, _Difference]], dict[str, _Difference]]:
     """Each stage fed with FP32 inputs, and the chain from end to end."""
-    from engines.fp16 import emulated
+    from engines.fp16_emulation import emulated
 
     full = {part.stage: session(part, part.model) for part in parts}
     half = full | {

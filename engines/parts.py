@@ -65,8 +65,7 @@ class Part:
         size = len(feeds[self.inputs[0]])
         rows = [run({k: v[i : i + 1] for k, v in feeds.items()}) for i in range(size)]
         return {
-            name: np.concatenate([np.atleast_1d(row[name]) for row in rows])
-            for name in rows[0]
+            name: np.concatenate([np.atleast_1d(row[name]) for row in rows]) for name in rows[0]
         }
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edge_runtime.errors import ConfigError
 from engines.onnx_graph import opset, subgraphs
 from engines.onnx_package import DecodeError, onnx
-from engines.quantize import (
+from engines.qdq_graph import (
     ACTIVATIONS,
     FP16_SCALE_OPSET,
     MOVING,

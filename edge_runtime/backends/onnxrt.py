@@ -20,6 +20,7 @@ from edge_runtime.cascade import Plan, Stage
 from edge_runtime.device import usable_cores
 from edge_runtime.errors import BackendError, BackendUnavailable, ConfigError, missing_package
 from edge_runtime.manifest import Bundle
+from edge_runtime.onnx_guard import may_cast
 from edge_runtime.tensors import BATCH, TensorSpec
 
 if TYPE_CHECKING:
@@ -37,6 +38,18 @@ _DTYPES = {
     "tensor(float16)": "float16",
     "tensor(float)": "float32",
 }
+
+#: What keeps a model with casts from killing the process while it is loaded: seen in 1.31.1,
+#: reported of 1.24 and 1.25 (github.com/microsoft/onnxruntime/issues/28392). This optimiser
+#: exchanges Transpose and Cast before a MatMul. Where it then can't fuse them, as with a batch axis
+#: that moves, it leaves nodes that nobody has resolved, and the NchwcTransformer of the level "all"
+#: reads what they lack. FP16 models get their casts from ONNX Runtime. Disabling NchwcTransformer
+#: instead would slow convolutions down (FP16 ones too), and once in 2000 random models left one
+#: that could not be loaded. The key exists since 1.18; before, it is ignored.
+_NO_MATMUL_TRANSPOSE_FUSION = (
+    "optimization.disable_specified_optimizers",
+    "MatmulTransposeFusion",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +160,8 @@ def new_session(
             expected=", ".join(ort.get_available_providers()),
         )
     settings = _session_options(ort, options, _process.prepare(ort, options))
+    if may_cast(model):
+        settings.add_session_config_entry(*_NO_MATMUL_TRANSPOSE_FUSION)
     for name, length in (axes or {}).items():
         settings.add_free_dimension_override_by_name(name, length)
     try:

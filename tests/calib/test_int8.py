@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import ClassVar
 
@@ -136,6 +137,18 @@ class TestHistograms:
             for stage in a:
                 for tensor in a[stage]:
                     assert a[stage][tensor] == pytest.approx(b[stage][tensor], rel=2e-3)
+
+    def test_memory_does_not_grow_with_the_number_of_images(self, bundle: Bundle) -> None:
+        def peak(count: int) -> int:
+            batches = ({"image": toy_images(8, seed=i)} for i in range(count // 8))
+            tracemalloc.start()
+            histograms(parts(bundle), batches, self.TENSORS)
+            found = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            return found
+
+        peak(64)  # what is made once
+        assert peak(1600) < 1.1 * peak(160)
 
     def test_no_image_is_refused(self, bundle: Bundle) -> None:
         with pytest.raises(CalibrationError, match="no calibration image"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from onnx import helper, numpy_helper
 
 from edge_runtime import BackendError, Bundle, ConfigError, EdgeRuntimeError
 from edge_runtime.backends.base import Backend
@@ -19,6 +22,8 @@ from edge_runtime.backends.onnxrt import OnnxRuntimeBackend
 from edge_runtime.backends.torch import TorchBackend
 from edge_runtime.backends.torch_cuda import TorchStages
 from edge_runtime.cascade import Plan
+from tests.edge_runtime.bundles import model
+from tests.meta.repository import ROOT
 from tests.toys import toy_bundle, toy_cascade, toy_images, toy_modules
 
 AXES = {"height": 5, "width": 7}
@@ -221,6 +226,23 @@ def test_close_before_open_is_allowed(closed: Backend) -> None:
     closed.close()
 
 
+def transposed_matmul(source: str, target: str) -> bytes:
+    """A model: y (1, 2, 3) = x (2, 1, 8), transposed and cast, times 0.5."""
+    kinds = [helper.np_dtype_to_tensor_dtype(np.dtype(name)) for name in (source, target)]
+    nodes = [helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0, 2])]
+    if source != target:
+        nodes.append(helper.make_node("Cast", ["t"], ["c"], to=kinds[1]))
+    nodes.append(helper.make_node("MatMul", [nodes[-1].output[0], "w"], ["y"]))
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", kinds[0], [2, 1, 8])],
+        [helper.make_tensor_value_info("y", kinds[1], [1, 2, 3])],
+        [numpy_helper.from_array(np.full((8, 3), 0.5, target), "w")],
+    )
+    return model(graph).SerializeToString()
+
+
 class TestOnnxRuntime:
     """What only ONNX Runtime has."""
 
@@ -268,6 +290,61 @@ class TestOnnxRuntime:
         settings = onnxrt._session_options(onnxruntime, options, shared)
         assert settings.use_per_session_threads
         assert settings.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+    @pytest.mark.parametrize("optimization", ["all", "extended"])
+    @pytest.mark.parametrize(("source", "target"), [("float16", "float16"), ("uint8", "float32")])
+    def test_a_cast_behind_a_transpose_does_not_kill_the_process(
+        self, source: str, target: str, optimization: str, tmp_path: Path
+    ) -> None:
+        """ONNX Runtime 1.31.1 dies of the level "all" where `new_session` does not prevent it."""
+        (tmp_path / "m.onnx").write_bytes(transposed_matmul(source, target))
+        lines = (
+            "import sys, numpy as np",
+            "from edge_runtime.backends.onnxrt import OnnxRuntimeOptions, new_session",
+            "model = open(sys.argv[1], 'rb').read()",
+            "session = new_session(model, OnnxRuntimeOptions(optimization=sys.argv[3]))",
+            "(y,) = session.run(None, {'x': np.ones((2, 1, 8), sys.argv[2])})",
+            "assert y.shape == (1, 2, 3) and (y == 4).all(), y",
+        )
+        arguments = [str(tmp_path / "m.onnx"), source, optimization]
+        command = [sys.executable, "-c", "\n".join(lines), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 0, result.stderr
+
+    @pytest.mark.parametrize(
+        ("source", "target", "disabled"),
+        [
+            ("float16", "float16", "MatmulTransposeFusion"),
+            ("uint8", "float32", "MatmulTransposeFusion"),
+            ("float32", "float32", None),
+        ],
+    )
+    def test_only_models_with_casts_do_without_an_optimiser(
+        self, source: str, target: str, disabled: str | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import onnxruntime
+
+        from edge_runtime.backends.onnxrt import new_session
+
+        seen = []
+
+        class Spy:
+            """Loads nothing: what must not be loaded would end the tests."""
+
+            def __init__(self, model: bytes, settings: Any, providers: list[str]) -> None:
+                seen.append(settings)
+
+            def get_providers(self) -> list[str]:
+                return ["CPUExecutionProvider"]
+
+        monkeypatch.setattr(onnxruntime, "InferenceSession", Spy)
+        new_session(transposed_matmul(source, target))
+        (settings,) = seen
+        try:
+            entry = settings.get_session_config_entry("optimization.disable_specified_optimizers")
+        except RuntimeError:  # there is none
+            entry = None
+        assert entry == disabled
 
 
 @pytest.mark.torch

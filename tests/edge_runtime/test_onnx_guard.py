@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from edge_runtime.errors import ManifestError
-from edge_runtime.onnx_guard import refuse_external_data
+from edge_runtime.onnx_guard import may_cast, refuse_external_data
 from tests.edge_runtime.bundles import external, linear, model, refused
 
 SHIPPED = sorted((Path(onnx.__file__).parent / "backend/test/data").rglob("*.onnx"))
@@ -196,39 +196,55 @@ def test_a_location_alone_and_an_entry_alone_are_refused(place):
     assert not passes(place(entry).SerializeToString())
 
 
+#: Descriptor -> what the scans call it.
+MESSAGES = {
+    "ModelProto": "Model",
+    "TrainingInfoProto": "Training",
+    "GraphProto": "Graph",
+    "FunctionProto": "Function",
+    "NodeProto": "Node",
+    "AttributeProto": "Attribute",
+    "SparseTensorProto": "Sparse",
+    "TensorProto": "Tensor",
+    "ValueInfoProto": "Value",
+    "TypeProto": "Type",
+    "Tensor": "Elements",
+    "SparseTensor": "Elements",
+    "Sequence": "Container",
+    "Optional": "Container",
+    "Map": "Map",
+}
+
+
+def fields_that_lead_to(ends: set[str]) -> dict[str, dict[int, str]]:
+    """Message -> field -> message inside it, of all through which one of `ends` is reached."""
+
+    @functools.cache
+    def leads(descriptor, above=()):
+        return MESSAGES.get(descriptor.name) in ends or any(
+            field.message_type is not None
+            and field.message_type.name not in above
+            and leads(field.message_type, (*above, descriptor.name))
+            for field in descriptor.fields
+        )
+
+    found = {}
+    queue = [onnx.ModelProto.DESCRIPTOR]
+    while queue:
+        descriptor = queue.pop()
+        inner = [f for f in descriptor.fields if f.message_type and leads(f.message_type)]
+        name = MESSAGES[descriptor.name]
+        if name not in found and inner:
+            found[name] = {f.number: MESSAGES[f.message_type.name] for f in inner}
+            queue += [f.message_type for f in inner]
+    return found
+
+
 def test_every_place_for_a_tensor_in_the_onnx_format_is_scanned():
     """Fails when a new onnx package knows a message that the scan does not follow."""
     from edge_runtime.onnx_guard import _CHILDREN
 
-    names = {
-        "ModelProto": "Model",
-        "TrainingInfoProto": "Training",
-        "GraphProto": "Graph",
-        "FunctionProto": "Function",
-        "NodeProto": "Node",
-        "AttributeProto": "Attribute",
-        "SparseTensorProto": "Sparse",
-        "TensorProto": "Tensor",
-    }
-
-    @functools.cache
-    def leads_to_a_tensor(descriptor, above=()):
-        return descriptor.name == "TensorProto" or any(
-            field.message_type is not None
-            and field.message_type.name not in above
-            and leads_to_a_tensor(field.message_type, (*above, descriptor.name))
-            for field in descriptor.fields
-        )
-
-    for proto, ours in names.items():
-        if ours == "Tensor":
-            continue
-        known = {
-            field.number: names[field.message_type.name]
-            for field in getattr(onnx, proto).DESCRIPTOR.fields
-            if field.message_type is not None and leads_to_a_tensor(field.message_type)
-        }
-        assert known == _CHILDREN[ours], proto
+    assert fields_that_lead_to({"Tensor"}) == _CHILDREN
     tensor = TensorProto.DESCRIPTOR.fields_by_name
     assert (tensor["external_data"].number, tensor["data_location"].number) == (13, 14)
 
@@ -347,3 +363,130 @@ def test_it_agrees_with_the_onnx_package_on_made_up_models(parts):
 
 def test_large_tensors_are_not_walked_through():
     assert passes(linear("x", "y", 1000, 1000))
+
+
+def casts(message) -> bool:
+    """The truth about `may_cast`, from the onnx package."""
+    half = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    if isinstance(message, TensorProto):
+        return message.data_type in half
+    if isinstance(message, onnx.NodeProto) and message.op_type in ("Cast", "CastLike"):
+        return True
+    if isinstance(message, onnx.TypeProto.Tensor | onnx.TypeProto.SparseTensor):
+        return message.elem_type in half
+    return any(
+        casts(item)
+        for field, value in message.ListFields()
+        if field.message_type is not None
+        for item in (value if hasattr(value, "add") else [value])
+    )
+
+
+def a_cast(kind: int = TensorProto.INT32, operator: str = "Cast") -> onnx.NodeProto:
+    return helper.make_node(operator, ["x"], ["y"], **({"to": kind} if operator == "Cast" else {}))
+
+
+def with_value(where: str, kind: onnx.TypeProto) -> onnx.ModelProto:
+    """A model with a type among its inputs, outputs or values in between."""
+    found = model(graph(helper.make_node("Relu", ["x"], ["y"])))
+    getattr(found.graph, where).append(helper.make_value_info("more", kind))
+    return found
+
+
+def with_type_attribute(kind: onnx.TypeProto) -> onnx.ModelProto:
+    return model(graph(helper.make_node("Optional", [], ["y"], type=kind)))
+
+
+def in_function_values(kind: onnx.TypeProto) -> onnx.ModelProto:
+    found = in_function(numpy_helper.from_array(np.zeros(2, np.float32)))
+    found.functions[0].value_info.append(helper.make_value_info("more", kind))
+    return found
+
+
+def types(elements: int) -> list[onnx.TypeProto]:
+    tensor = helper.make_tensor_type_proto(elements, [2])
+    return [
+        tensor,
+        helper.make_sparse_tensor_type_proto(elements, [2]),
+        helper.make_sequence_type_proto(tensor),
+        helper.make_optional_type_proto(helper.make_sequence_type_proto(tensor)),
+        helper.make_map_type_proto(TensorProto.INT64, tensor),
+    ]
+
+
+TYPED = [
+    *(functools.partial(with_value, where) for where in ("input", "output", "value_info")),
+    with_type_attribute,
+    in_function_values,
+]
+
+
+def test_every_place_for_a_type_in_the_onnx_format_is_scanned():
+    from edge_runtime.onnx_guard import _TYPED_CHILDREN
+
+    assert fields_that_lead_to({"Tensor", "Elements"}) == _TYPED_CHILDREN
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_half_tensor_is_found_wherever_it_is(place):
+    for dtype, half in ((np.float16, True), (np.float32, False), (np.int8, False)):
+        found = place(numpy_helper.from_array(np.ones(2, dtype), "secret"))
+        assert may_cast(found.SerializeToString()) is casts(found) is half
+    found = place(TensorProto(name="secret", data_type=TensorProto.BFLOAT16, dims=[0]))
+    assert may_cast(found.SerializeToString())
+
+
+@pytest.mark.parametrize("place", TYPED)
+def test_a_half_type_is_found_wherever_it_is(place):
+    for elements, half in ((TensorProto.FLOAT16, True), (TensorProto.INT8, False)):
+        for kind in types(elements):
+            found = place(kind)
+            assert may_cast(found.SerializeToString()) is casts(found) is half
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.FLOAT])
+def test_a_cast_is_found_in_subgraphs_and_functions(kind):
+    nested = a_cast(kind)
+    for _ in range(3):
+        nested = helper.make_node("Loop", ["x"], ["y"], body=branch(nested))
+    function = helper.make_function(
+        "local", "f", ["x"], ["y"], [a_cast(kind)], [helper.make_opsetid("", 18)]
+    )
+    call = helper.make_node("f", ["x"], ["y"], domain="local")
+    for found in (
+        model(graph(a_cast(kind))),
+        model(graph(nested)),
+        model(graph(call), functions=[function]),
+        model(graph(a_cast(operator="CastLike"))),
+    ):
+        assert may_cast(found.SerializeToString())
+
+
+def test_int8_in_the_graph_is_no_cast():
+    scale, zero = (
+        numpy_helper.from_array(np.float32(1), "s"),
+        numpy_helper.from_array(np.int8(0), "z"),
+    )
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
+    quantised = model(graph(*nodes, initializer=[scale, zero]))
+    assert not may_cast(quantised.SerializeToString())
+
+
+def test_a_name_or_a_number_is_no_cast():
+    node = helper.make_node("Conv", ["Cast", "x"], ["y"], name="Cast", group=10)
+    assert not may_cast(model(graph(node, name="Cast")).SerializeToString())
+
+
+@pytest.mark.skipif(not SHIPPED, reason="this onnx package ships no models")
+def test_it_knows_the_casts_of_real_models():
+    for path in SHIPPED:
+        data = path.read_bytes()
+        assert may_cast(data) is casts(onnx.load_model_from_string(data)), path
+
+
+@pytest.mark.parametrize("data", [b"\x80", b"\x0a\x05abc", b"\x3a\x02\x0a\x05"])
+def test_what_is_no_protobuf_may_cast(data):
+    assert may_cast(data)

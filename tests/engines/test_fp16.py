@@ -12,11 +12,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from edge_runtime.backends.onnxrt import OnnxRuntimeOptions, new_session
+from edge_runtime.backends.onnxrt import new_session
 from edge_runtime.errors import ConfigError, EngineBuildError, ManifestError
 from edge_runtime.manifest import Bundle
-from engines import fp16
-from engines.fp16 import convert, emulated, find_overflows, nodes_to_keep
+from engines import fp16_keep, fp16_ranges
+from engines.fp16 import convert
+from engines.fp16_emulation import emulated
+from engines.fp16_ranges import find_overflows, nodes_to_keep
 from engines.preprocess import PreprocessSpec, camera_image, preprocess_model
 from tests.engines.classifiers import SIZE, classifier, residual_classifier
 from tests.tensorrt_without_gpu import parse_and_build
@@ -228,7 +230,7 @@ def test_an_exported_transformer(opset: int, transformers: Callable[[int], Bundl
     samples = {f"{name}0": normal(3, length, 12) for name, length in (("token", 1), ("tokens", 16))}
     data = bundle.stage_model("block1", "fp32")
     converted = convert(data)
-    assert kinds_kept(converted.model, converted.kept) == {"LayerNormalization": fp16.NORM}
+    assert kinds_kept(converted.model, converted.kept) == {"LayerNormalization": fp16_keep.NORM}
     # Two inputs, two outputs, and one on each side of a norm.
     assert converted.casts == 2 + 2 + 2 * 2
     assert operators(converted.model)["Gelu"] == (opset >= 20)
@@ -340,20 +342,20 @@ def test_pooling_and_attention_scales_are_no_norms() -> None:
 @pytest.mark.parametrize(
     ("nodes", "constants", "kept"),
     [
-        ([node("Exp", "x", "e"), node("Relu", "e", "y")], {}, {"e": fp16.STEEP}),
-        ([node("Softplus", "x", "s"), node("Tanh", "s", "y")], {}, {"s": fp16.STEEP}),
-        ([node("Softmax", "x", "y")], {}, {"y": fp16.OUTPUT}),
+        ([node("Exp", "x", "e"), node("Relu", "e", "y")], {}, {"e": fp16_keep.STEEP}),
+        ([node("Softplus", "x", "s"), node("Tanh", "s", "y")], {}, {"s": fp16_keep.STEEP}),
+        ([node("Softmax", "x", "y")], {}, {"y": fp16_keep.OUTPUT}),
         ([node("Softmax", "x", "s"), node("MatMul", "s w", "y")], DENSE, {}),
         ([node("Pow", "x p", "y")], {"p": f32(3)}, {}),
-        ([node("Pow", "x p", "y")], {"p": f32(7)}, {"y": fp16.STEEP}),
-        ([node("Add", "x c", "y")], {"c": f32(1e-12)}, {"y": fp16.TOO_SMALL}),
+        ([node("Pow", "x p", "y")], {"p": f32(7)}, {"y": fp16_keep.STEEP}),
+        ([node("Add", "x c", "y")], {"c": f32(1e-12)}, {"y": fp16_keep.TOO_SMALL}),
         ([node("Add", "x c", "y")], {"c": f32(0)}, {}),
-        ([node("Mul", "x c", "y")], {"c": f32(70000)}, {"y": fp16.TOO_LARGE}),
+        ([node("Mul", "x c", "y")], {"c": f32(70000)}, {"y": fp16_keep.TOO_LARGE}),
         ([node("Mul", "x c", "y")], {"c": f32(65519)}, {}),
-        ([node("Mul", "x c", "y")], {"c": f32(65520)}, {"y": fp16.TOO_LARGE}),
+        ([node("Mul", "x c", "y")], {"c": f32(65520)}, {"y": fp16_keep.TOO_LARGE}),
         # A tiny weight among larger ones is lost in the sum; a tiny divisor is not.
         ([node("Mul", "x c", "y")], {"c": f32(*[1] * 7, 1e-20)}, {}),
-        ([node("Div", "x c", "y")], {"c": f32(*[1] * 7, 1e-20)}, {"y": fp16.TOO_SMALL}),
+        ([node("Div", "x c", "y")], {"c": f32(*[1] * 7, 1e-20)}, {"y": fp16_keep.TOO_SMALL}),
         ([node("Clip", "x - c", "y")], {"c": f32(3.4e38)}, {}),
         ([node("Clip", "x - c", "y")], {"c": f32(math.inf)}, {}),
         (
@@ -364,7 +366,7 @@ def test_pooling_and_attention_scales_are_no_norms() -> None:
                 node("Abs", "s", "y"),
             ],
             {"c": f32(0), "low": f32(-3.4e38)},
-            {"w": fp16.TOO_LARGE},
+            {"w": fp16_keep.TOO_LARGE},
         ),
         (
             [
@@ -373,14 +375,14 @@ def test_pooling_and_attention_scales_are_no_norms() -> None:
                 node("Add", "x c", "y"),
             ],
             {},
-            {"c": fp16.TOO_LARGE},
+            {"c": fp16_keep.TOO_LARGE},
         ),
         (
             [node("Range", "a b c", "r"), node("Mul", "x r", "y")],
             {"a": f32(0), "b": f32(8), "c": f32(1)},
-            {"r": fp16.NO_FP16},
+            {"r": fp16_keep.NO_FP16},
         ),
-        ([node("CumSum", "x axis", "y")], {"axis": np.array(1)}, {"y": fp16.SUM}),
+        ([node("CumSum", "x axis", "y")], {"axis": np.array(1)}, {"y": fp16_keep.SUM}),
     ],
 )
 def test_what_stays_and_why(nodes: list, constants: dict, kept: dict[str, str]) -> None:
@@ -389,7 +391,7 @@ def test_what_stays_and_why(nodes: list, constants: dict, kept: dict[str, str]) 
     assert converted.kept == kept
     assert converted.casts <= 2 + 2 * len(kept)
     # The model itself loads, and what is emulated is what the definition of its operators says.
-    new_session(converted.model, OnnxRuntimeOptions(optimization="extended"))
+    new_session(converted.model)
     if nodes[0].op_type != "Range":  # whose reference writes float64
         feeds = {"x": normal(4, 8) / 100}
         with np.errstate(over="ignore"):
@@ -402,7 +404,7 @@ def test_a_constant_that_both_precisions_read_is_there_twice() -> None:
     nodes = [node("Mul", "x c", "a"), node("Div", "a c", "y")]
     data = net(nodes, constants={"c": f32(*[1.5] * 7, 1e-6)})
     converted = convert(data)
-    assert converted.kept == {"y": fp16.TOO_SMALL}
+    assert converted.kept == {"y": fp16_keep.TOO_SMALL}
     kinds = {t.name: t.data_type for t in parse(converted.model).graph.initializer}
     assert kinds == {"c": TensorProto.FLOAT16, "c_fp32": TensorProto.FLOAT}
 
@@ -468,7 +470,7 @@ def test_data_finds_what_overflows_and_it_is_kept(loud: bytes) -> None:
     assert without.kept == {}
     assert not np.isfinite(run(emulated(without.model), feeds)["y"]).all()
     # ONNX Runtime on a CPU would not show it.
-    shown = new_session(without.model, OnnxRuntimeOptions(optimization="extended"))
+    shown = new_session(without.model)
     assert np.isfinite(shown.run(None, feeds)[0]).all()
 
     found = find_overflows(loud, [{"x": feeds["x"][i : i + 3]} for i in range(0, 8, 3)])
@@ -476,7 +478,7 @@ def test_data_finds_what_overflows_and_it_is_kept(loud: bytes) -> None:
     assert set(found) == {"loud", "sum", "turned"}
     assert found["loud"] == pytest.approx(want, rel=1e-5)
     keep = nodes_to_keep(loud, found)
-    assert keep == dict.fromkeys(("loud", "sum", "turned", "calm"), fp16.OVERFLOW)
+    assert keep == dict.fromkeys(("loud", "sum", "turned", "calm"), fp16_ranges.OVERFLOW)
     converted = convert(loud, keep=keep)
     assert list(converted.kept) == ["loud", "sum", "turned", "calm"]
     assert converted.casts == 4

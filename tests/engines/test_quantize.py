@@ -19,13 +19,8 @@ from edge_runtime.manifest import Bundle
 from engines.onnx_graph import opset, with_outputs
 from engines.preprocess import PreprocessSpec, camera_image, preprocess_model
 from engines.qdq_lint import lint
-from engines.quantize import (
-    Quantized,
-    QuantizeOptions,
-    activations,
-    quantize,
-    quantize_weight,
-)
+from engines.qdq_write import quantize_weight
+from engines.quantize import Quantized, QuantizeOptions, activations, quantize
 from engines.verify import run_model
 from tests.engines.classifiers import Net
 from tests.engines.conftest import chain
