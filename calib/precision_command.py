@@ -54,6 +54,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _PRECISIONS = ("int8", "fp16")
+_FP16_ON_CPU = (
+    "ONNX Runtime's CPU provider computes FP16 graphs in FP32, so these figures are not "
+    "an FP16 device's: choose on the device; `edge-runtime convert` tells how far FP16 rounds."
+)
 #: Images on which both cascades are timed as a whole.
 _TIMED = 1000
 _PLOTS = (".pdf", ".png", ".svg")
@@ -145,6 +149,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     _show(work, bundle, console)
     point = _point(name, work, args, bundle, data) if work.found.variants else None
     verdict = _verdict(work, bundle)
+    if (args.precision, args.backend) == ("fp16", "onnxrt"):
+        verdict.append(_FP16_ON_CPU)
     for line in verdict:
         console.line(line)
     files = []

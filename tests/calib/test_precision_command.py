@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -260,3 +261,17 @@ def test_variants_of_the_quantiser_hardly_change_the_answers(tmp_path: Path) -> 
         assert one["agreement"] > 0.9
         assert 0 < one["signal_shift"] < 0.05
     assert set(found["variants"]) | set(found["left"]) == set(models)
+
+
+def test_fp16_on_a_processor_is_said_to_tell_little(slower: Path, capsys) -> None:
+    bundle, out = slower / "toy.bundle", slower / "fp16.bundle"
+    assert cli.main(["convert", str(bundle), "--precision", "fp16", "--out", str(out)]) == 0
+    shutil.rmtree(bundle)
+    out.rename(bundle)
+    capsys.readouterr()
+    found = precision(slower, "--precision", "fp16", "--dry-run")
+    assert found["verdict"][-1].startswith(
+        "ONNX Runtime's CPU provider computes FP16 graphs in FP32"
+    )
+    assert found["verdict"][-1].split(":")[0] in " ".join(capsys.readouterr().out.split())
+    assert "ONNX Runtime" not in " ".join(precision(slower, "--dry-run")["verdict"])
