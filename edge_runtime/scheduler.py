@@ -221,7 +221,12 @@ class Scheduler:
             self._check_open()
             while len(self._flight) > (1 if self.backend.ahead else 0):
                 self._finish_oldest()
-            pending = Pending(self, self._begin(image[None] if single else image, None))
+            try:
+                pending = Pending(self, self._begin(image[None] if single else image, None))
+            except BaseException:
+                # The backend may hold it: when no other is in flight, the next `feed` drops it.
+                self._drain()
+                raise
             pending.single = single
             self._flight.append(pending)
         return pending
@@ -259,14 +264,24 @@ class Scheduler:
 
     def _finish_oldest(self) -> None:
         """Finish a submitted frame; what goes wrong with it is told by its `result`."""
-        pending = self._flight.popleft()
+        pending = self._flight[0]
         try:
+            self._flight.popleft()
             self._finish(pending.frame)
+        except CudaError as error:
+            pending.error = error
+            self._give_up(f"the frame before it failed: {error}")
         except BackendError as error:
             pending.error = error
         except BaseException:
             pending.error = BackendError("the frame was interrupted before its answer")
+            self._give_up("the frame before it was interrupted")
             raise
+
+    def _give_up(self, why: str) -> None:
+        """Forget the frames in flight; the next `feed` waits for what the backend still does."""
+        while self._flight:
+            self._flight.popleft().error = BackendError(why)
 
     def _begin(self, images: NDArray[Any], deadline_s: float | None) -> Frame:
         """Check a batch and hand it to the backend."""
@@ -289,13 +304,9 @@ class Scheduler:
                 self._collect(frame)
             else:
                 self._advance(frame, frame.deadline_s)
-        except CudaError as error:
-            # The device may never be done with it: the next `feed` sees to that.
-            while self._flight:
-                later = BackendError(f"the frame before it failed: {error}")
-                self._flight.popleft().error = later
-            raise
-        except BaseException:
+        except CudaError:
+            raise  # The device may never be done with it.
+        except BackendError:
             self.backend.done()
             raise
         self.backend.done()

@@ -73,15 +73,17 @@ def depth(lab: Lab) -> dict[str, Any]:
                 )
                 row[where] = {
                     **_medians(times),
-                    "rounds": len(times["run_all"]),
+                    "rounds": len(times["sync"]),
                     "over_sync": _over(times, "sync"),
                 }
         rows.append(row)
     deepest = rows[-1]
+    refused = sorted({mode for row in rows for mode in row.get("refused", ())})
     return {
-        "ok": True,
+        "ok": not refused,
         "summary": f"us per frame through {_DEPTH} exits: "
-        + ", ".join(f"{mode} {us:g}" for mode, us in deepest["last"]["us"].items()),
+        + ", ".join(f"{mode} {us:g}" for mode, us in deepest["last"]["us"].items())
+        + (f"; refused: {', '.join(refused)}" if refused else ""),
         "steps_per_segment": _STEPS,
         "by_exits": rows,
         "not_run": lab.missing(*names),

@@ -74,6 +74,7 @@ class TorchStages(DeviceStages):
                 expected="2.8 or later, whose graphs can be embedded",
             )
         self._work = work
+        self._tensors, self._graphs = {}, {}
         self._by_name = {stage.name: stage for stage in work.stages}
         for slot, address in enumerate(work.images):
             self._tensors[work.image.name, slot] = self._view(address, work)
@@ -96,11 +97,13 @@ class TorchStages(DeviceStages):
     def close(self) -> None:
         """Free the captures; the modules get their mode back."""
         self._executables = {}
-        self._stack.close()
-        for graph in self._graphs.values():
-            graph.reset()
-        self._graphs, self._tensors = {}, {}
-        restore(self._training)
+        try:
+            self._stack.close()
+        finally:
+            for graph in self._graphs.values():
+                graph.reset()
+            self._graphs, self._tensors = {}, {}
+            restore(self._training)
 
     def enqueue(self, stage: str, slot: int, stream: Stream) -> None:
         """Launch the captured stage."""
@@ -186,7 +189,7 @@ class TorchStages(DeviceStages):
             own = {tensor.untyped_storage().data_ptr() for tensor in inputs}
             with self._torch.inference_mode():
                 return [
-                    self._put(output, own, self._tensors.get(self._place(spec, slot)))
+                    self._put(spec, slot, output, own)
                     for spec, output in zip(stage.outputs, made, strict=True)
                 ]
         except (RuntimeError, BackendError) as error:
@@ -194,19 +197,23 @@ class TorchStages(DeviceStages):
             failed.append(error)
             raise
 
-    @staticmethod
-    def _put(output: torch.Tensor, own: set[int], known: torch.Tensor | None) -> torch.Tensor:
+    def _put(
+        self, spec: TensorSpec, slot: int, output: torch.Tensor, own: set[int]
+    ) -> torch.Tensor:
         """An output in its place: where it is, or where the first slot's capture has put it.
 
         Args:
+            spec: The tensor.
+            slot: The slot that is captured.
             output: What the module returned.
             own: Addresses of the memory of its inputs: an output that is a view of one would
-                change with it.
-            known: The same tensor as the first slot's capture made it.
+                change with it. One that a module keeps would be the same for both slots.
         """
+        known = self._tensors.get(self._place(spec, slot))
         if known is not None:
             return known.copy_(output)
-        if output.untyped_storage().data_ptr() in own:
+        slots = len(self._work.images) if spec.name in self._work.slotted else 1
+        if slots > 1 or output.untyped_storage().data_ptr() in own:
             return output.clone().contiguous()
         return output.contiguous()
 

@@ -161,6 +161,9 @@ class CudaBackend(Backend):
         return self.mode == "graph"
 
     def _open(self, plan: Plan, axes: Mapping[str, int], variants: Mapping[str, str]) -> None:
+        if self._hung:
+            self._need_answers()
+            self.close()  # What could not be freed while it hung.
         keep = self._stack.enter_context
         self.cuda = cuda = self._given or open_cuda(self.options.package, self.options.device)
         self._stack.callback(cuda.close)
@@ -198,11 +201,11 @@ class CudaBackend(Backend):
         """Free everything on the device."""
         self._flight.clear()
         was_open, self._opened = self._opened, False
-        stack, self._stack = self._stack, ExitStack()
         if self._hung and not self._is_back():
-            stack.pop_all()
-            logger.warning("the GPU does not answer: what it holds is freed when the process ends")
+            # To free is to wait: a later close can, should the device come back.
+            logger.warning("the GPU does not answer: what it holds is not freed now")
             return
+        stack, self._stack = self._stack, ExitStack()
         try:
             try:
                 if was_open:
@@ -216,10 +219,19 @@ class CudaBackend(Backend):
     def _is_back(self) -> bool:
         """Whether a device that was given up has finished its work after all."""
         try:
+            self._on_this_thread()
+        except CudaError:
+            return False  # Nothing can be asked from here.
+        try:
             self._hung = not self._ready.main.is_done()
         except CudaError:
             self._hung = False  # Lost, which at least is an answer.
         return not self._hung
+
+    def _need_answers(self) -> None:
+        """Refuse what would wait for a device that was given up."""
+        if self._hung and not self._is_back():
+            raise CudaError("the device has not answered before", remedy="Start the process anew")
 
     def _wait_for_all(self) -> None:
         self._ready.side.synchronize()
@@ -228,6 +240,7 @@ class CudaBackend(Backend):
     def use(self, policy: Policy, metric: Metric, temperatures: Sequence[float]) -> None:
         """Write the rules of an operating point to the device; no graph is built anew."""
         self._on_this_thread()
+        self._need_answers()
         known = policy if self.decides else Never()
         ready = self._ready
         rules = decide.rules(known, metric, temperatures, ready.positions)
@@ -239,8 +252,7 @@ class CudaBackend(Backend):
         if not self._opened:
             raise BackendError(f"the backend {self.name!r} is not open")
         self._on_this_thread()
-        if self._hung and not self._is_back():
-            raise CudaError("the device has not answered before", remedy="Start the process anew")
+        self._need_answers()
         if self._flight:
             self._wait_for_all()
             self._flight.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,13 @@ POLICIES = {
         "p", thresholds={"exit0": 0.5, "exit1": 0.5}, temperatures={"exit0": 2.5, "exit1": 0.3}
     ),
 }
+
+
+def _raise(error: BaseException) -> Callable[..., Any]:
+    def raising(*_: Any) -> Any:
+        raise error
+
+    return raising
 
 
 def said(prediction: Prediction) -> tuple[Any, ...]:
@@ -663,9 +671,69 @@ class TestTrouble:
         hang[0] = True
         with pytest.raises(CudaError, match=r"gave no answer within 0\.05 s"):
             device(frame)
+        for call in (lambda: device(frame), lambda: device.switch(point)):
+            with pytest.raises(CudaError, match="has not answered before"):
+                call()
+        log = device.backend.cuda.log
+        before = len(log)
+        watchdog = threading.Thread(target=device.close)
+        watchdog.start()
+        watchdog.join()
+        # What asks the device does so with the context of the thread it is asked from.
+        assert log[before] == "make_current"
+        assert device.backend.cuda.live
         with pytest.raises(CudaError, match="has not answered before"):
-            device(frame)
-        device.close()
+            device.open()
+        hang[0], never.reached = False, 1
+        while device.backend._hung:
+            device.close()
+        with on_host(CASCADE, point) as host, device.open():
+            assert said(device(frame)) == said(host(frame))
+        assert not device.backend.cuda.live
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    @mode_
+    def test_an_interrupt_between_two_lines_mixes_no_answers_up(
+        self, mode: str, overlap: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        frames, point = images(CASCADE, 3), OperatingPoint.all_exits(CASCADE)
+        with on_host(CASCADE, point) as host:
+            want = [said(host(frame)) for frame in frames]
+        with on_device(CASCADE, point, mode=mode, overlap=overlap) as device:
+            first = device.submit(frames[0])
+            second = device.submit(frames[1]) if overlap else None
+            with monkeypatch.context() as patched:
+                patched.setattr(device, "_finish", _raise(KeyboardInterrupt()))
+                with pytest.raises(KeyboardInterrupt):
+                    first.result()
+            for pending in filter(None, (first, second)):
+                with pytest.raises(BackendError, match="interrupted"):
+                    pending.result()
+            assert said(device(frames[2])) == want[2]
+
+    @pytest.mark.parametrize("error", [CudaError("refused"), KeyboardInterrupt()])
+    @mode_
+    def test_a_frame_that_can_t_begin_leaves_the_one_before_and_the_next(
+        self, mode: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        frames, point = images(CASCADE, 3), OperatingPoint.all_exits(CASCADE)
+        with on_host(CASCADE, point) as host:
+            want = [said(host(frame)) for frame in frames]
+        with on_device(CASCADE, point, mode=mode, overlap=True) as device:
+            first = device.submit(frames[0])
+            with monkeypatch.context() as patched:
+                after = device.backend.feed_ahead
+
+                def failing(image: Any) -> None:
+                    after(image)
+                    raise error
+
+                patched.setattr(device.backend, "feed_ahead", failing)
+                with pytest.raises(type(error)):
+                    device.submit(frames[1])
+            third = device.submit(frames[2])
+            assert said(first.result()) == want[0]
+            assert said(third.result()) == want[2]
 
     def test_a_stage_that_calls_the_host_can_t_be_in_a_branch(self) -> None:
         def around(stage: str, stream: Stream) -> None:
