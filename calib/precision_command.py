@@ -328,14 +328,7 @@ def _point(
         },
         expected={
             "cross_validation": plain(choice.cross_validation),
-            "in_sample": {
-                "accuracy": choice.point.accuracy,
-                "base_accuracy": choice.base.accuracy,
-                "exit_rates": choice.exit_rates,
-                "mean_s": choice.point.cost,
-                "base_s": choice.base.cost,
-                "exact": choice.exact,
-            },
+            "in_sample": choice.in_sample,
             "pays": verdict.pays,
             "before": {"operating_point": start.name, **found.before.plain()},
             "old_thresholds": found.forgotten.plain(),

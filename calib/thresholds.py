@@ -13,7 +13,7 @@ pays(choice).text
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,6 +146,18 @@ class Choice:
     def exit_rates(self) -> dict[str, float]:
         """Exit name -> share of samples that leave there."""
         return dict(zip(self.exits, self.point.exit_rates, strict=True))
+
+    @property
+    def in_sample(self) -> dict[str, Any]:
+        """What an operating point records of the samples it was chosen on; times in seconds."""
+        return {
+            "accuracy": self.point.accuracy,
+            "base_accuracy": self.base.accuracy,
+            "exit_rates": self.exit_rates,
+            "mean_s": self.point.cost,
+            "base_s": self.base.cost,
+            "exact": self.exact,
+        }
 
     @property
     def base_alone(self) -> bool:

@@ -131,14 +131,7 @@ def _choose(
         chosen_on={"goal": str(goal), **chosen_on},
         expected={
             "cross_validation": plain(choice.cross_validation),
-            "in_sample": {
-                "accuracy": choice.point.accuracy,
-                "base_accuracy": choice.base.accuracy,
-                "exit_rates": choice.exit_rates,
-                "mean_s": choice.point.cost,
-                "base_s": choice.base.cost,
-                "exact": choice.exact,
-            },
+            "in_sample": choice.in_sample,
             "pays": verdict.pays,
         },
     )
