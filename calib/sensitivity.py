@@ -35,7 +35,7 @@ from calib.crossval import CrossValidation, paired_interval
 from calib.exit_table import CostModel, Point
 from calib.sweep import Front, measure, sweep
 from calib.tables import JudgedTable, collect, judge
-from calib.thresholds import Choice, Goal, choose
+from calib.thresholds import ByExit, Choice, Goal, choose
 from edge_runtime.confidence import Metric, bounds
 from edge_runtime.console import Console
 from edge_runtime.dataset import ImageDataset
@@ -389,31 +389,15 @@ def variant_times(
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What a cascade does on the data at one mix of precisions and thresholds.
+class Figures(ByExit):
+    """What a cascade does on the data at one mix of precisions and thresholds; costs in seconds.
 
     Attributes:
-        exits: Names of the exits.
-        point: Thresholds, samples that leave at each exit, right answers, mean seconds.
-        base: The full model alone at the same precisions.
         held_out: The same procedure on samples that thresholds were not chosen on; None where
             thresholds were given, or cross-validation was not asked for.
     """
 
-    exits: tuple[str, ...]
-    point: Point
-    base: Point
     held_out: CrossValidation | None = None
-
-    @property
-    def thresholds(self) -> dict[str, float | None]:
-        """Exit name -> threshold, None where the exit is pruned; without the last exit."""
-        return dict(zip(self.exits[:-1], self.point.thresholds, strict=True))
-
-    @property
-    def exit_rates(self) -> dict[str, float]:
-        """Exit name -> share of samples that leave there."""
-        return dict(zip(self.exits, self.point.exit_rates, strict=True))
 
     @property
     def held_out_accuracy(self) -> float | None:

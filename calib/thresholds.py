@@ -114,28 +114,18 @@ class CostBudget:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A chosen point with all its figures.
+class ByExit:
+    """Figures of thresholds, by the names of the exits.
 
     Attributes:
-        goal: What was asked for.
         exits: Names of the exits.
-        point: The choice; figures of the data that it was chosen on.
+        point: Thresholds, samples that leave at each exit, right answers, mean cost.
         base: The full model alone, on the same data.
-        best_cascade: The best point with at least one early exit; `point` itself unless the base
-            alone was chosen, None where no cascade meets the goal.
-        exact: Whether all thresholds were searched (`sweep.Front.exact`).
-        cross_validation: The figures to trust; None where it was not asked for. Those are of the
-            procedure: it may choose a cascade in some folds though the choice is the base alone.
     """
 
-    goal: Goal
     exits: tuple[str, ...]
     point: Point
     base: Point
-    best_cascade: Point | None
-    exact: bool
-    cross_validation: CrossValidation | None
 
     @property
     def thresholds(self) -> dict[str, float | None]:
@@ -146,6 +136,25 @@ class Choice:
     def exit_rates(self) -> dict[str, float]:
         """Exit name -> share of samples that leave there."""
         return dict(zip(self.exits, self.point.exit_rates, strict=True))
+
+
+@dataclass(frozen=True)
+class Choice(ByExit):
+    """A chosen point with all its figures, on the data that it was chosen on.
+
+    Attributes:
+        goal: What was asked for.
+        best_cascade: The best point with at least one early exit; `point` itself unless the base
+            alone was chosen, None where no cascade meets the goal.
+        exact: Whether all thresholds were searched (`sweep.Front.exact`).
+        cross_validation: The figures to trust; None where it was not asked for. Those are of the
+            procedure: it may choose a cascade in some folds though the choice is the base alone.
+    """
+
+    goal: Goal
+    best_cascade: Point | None
+    exact: bool
+    cross_validation: CrossValidation | None
 
     @property
     def in_sample(self) -> dict[str, Any]:

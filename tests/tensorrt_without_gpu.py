@@ -24,6 +24,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from bench.gpu.tensorrt import make_log
+
 SUPPORTED = sys.platform == "linux" and platform.machine() == "x86_64"
 
 BINDINGS = "tensorrt_bindings"
@@ -93,7 +95,7 @@ def parse_and_build(onnx_bytes: bytes, shapes: dict[str, tuple[int, ...]] | None
         AssertionError: The parser or the builder refused; the message has their reasons.
     """
     trt = load()
-    log = _log(trt)
+    log = make_log(trt)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
@@ -125,21 +127,6 @@ def _add_profile(
         profile.set_shape(name, shape, shape, shape)
     index = config.add_optimization_profile(profile)
     assert index >= 0, "\n".join([f"TensorRT refused the shapes {shapes}", *log.lines])
-
-
-def _log(trt: ModuleType) -> Any:
-    """Return a TensorRT logger that keeps the lines of warnings and errors in `lines`."""
-
-    class Log(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.WARNING:
-                self.lines.append(f"{severity.name}: {message}")
-
-    return Log()
 
 
 def _patch(library: Path, rpath: Path, symbol_map: Path) -> None:
