@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,14 +12,16 @@ from numpy.typing import NDArray
 
 from calib.exit_table import ExitTable
 from edge_runtime import confidence
-from edge_runtime.cascade import Cascade
+from edge_runtime.cascade import Cascade, Plan
 from edge_runtime.confidence import Metric
 from edge_runtime.console import Console
 from edge_runtime.dataset import ImageDataset
+from edge_runtime.errors import BackendError
+from edge_runtime.prediction import Trace
 from edge_runtime.scheduler import Scheduler
 from edge_runtime.timing import warm_up
 
-#: Images per call while logits are collected.
+#: Images per call while logits are collected, where the backend takes as many.
 _BATCH = 64
 #: Images that stage times are measured on, at most.
 _TIMED = 200
@@ -104,12 +107,18 @@ def collect(scheduler: Scheduler, data: ImageDataset, console: Console) -> Predi
         console: Shows progress.
     """
     parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in scheduler.exits}
-    batches = data.batches(_BATCH)
-    for images, _ in console.progress(batches, "collecting logits", -(-len(data) // _BATCH)):
+    size = images_per_call(scheduler)
+    batches = data.batches(size)
+    for images, _ in console.progress(batches, "collecting logits", -(-len(data) // size)):
         for name, logits in scheduler.logits(images).items():
             parts[name].append(logits)
     together = {name: np.concatenate(part) for name, part in parts.items()}
     return PredictionTable(scheduler.cascade, together, data.labels)
+
+
+def images_per_call(scheduler: Scheduler) -> int:
+    """Images per call while logits are collected."""
+    return min(_BATCH, scheduler.backend.largest_batch or _BATCH)
 
 
 def stage_seconds(
@@ -124,15 +133,56 @@ def stage_seconds(
 
     Returns:
         Stage name -> median seconds, and the median seconds per exit that go to deciding.
+
+    Raises:
+        BackendError: The backend does not tell how long a stage took.
     """
     images = [data.image(i) for i in range(min(len(data), _TIMED))]
     warm_up(lambda: scheduler(images[0]), clock=time.perf_counter)
     stages: dict[str, list[float]] = {stage.name: [] for stage in scheduler.plan.stages}
-    rest = []
+    deciding = []
     for image in console.progress(images, "timing stages"):
         (prediction,) = scheduler.classify(image[None])
-        for run in prediction.trace.stages:
-            stages[run.stage].append(run.duration_s)
-        rest.append(prediction.latency_s - sum(run.duration_s for run in prediction.trace.stages))
-    per_exit = float(np.median(rest)) / len(scheduler.exits)
+        trace = prediction.trace
+        for name, seconds in durations(trace).items():
+            stages[name].append(seconds)
+        deciding.append(deciding_seconds(scheduler.plan, trace))
+    per_exit = float(np.median(deciding)) / len(scheduler.exits)
     return {name: float(np.median(times)) for name, times in stages.items()}, per_exit
+
+
+def durations(trace: Trace) -> dict[str, float]:
+    """How long each stage took that was run, in order.
+
+    Returns:
+        Stage name -> seconds.
+
+    Raises:
+        BackendError: The backend does not tell.
+    """
+    found = {run.stage: run.duration_s for run in trace.stages}
+    if any(map(math.isnan, found.values())):
+        raise BackendError(
+            f"the backend {trace.backend!r} does not tell how long a stage took",
+            remedy="On a GPU open it with CudaOptions(time_stages=True)",
+        )
+    return found
+
+
+def deciding_seconds(plan: Plan, trace: Trace) -> float:
+    """How long it took to judge the exits that were evaluated, together.
+
+    That is the time from the end of an exit's last stage to its decision. What the host spends on
+    a stage beside the stage's own time, or on taking in the image, is none of it.
+
+    Args:
+        plan: What was run.
+        trace: What happened to a sample; the stages' times are known.
+    """
+    ends = {run.stage: run.start_s + run.duration_s for run in trace.stages}
+    total = before = 0.0
+    for step, exit_ in zip(plan.steps, trace.exits, strict=False):
+        begin = ends[step.stages[-1].name] if step.stages else before
+        total += max(0.0, exit_.at_s - begin)
+        before = exit_.at_s
+    return total

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     goals = _goals(args)
     data = options.open_data(args, bundle)
     everything = OperatingPoint.all_exits(bundle.cascade)
-    with options.open_cascade(args, bundle, data, everything) as scheduler:
+    with options.open_cascade(args, bundle, data, everything, time_stages=True) as scheduler:
         table = collect(scheduler, data, console)
         seconds, decide_s = stage_seconds(scheduler, data, console)
     chosen_on = {

@@ -156,7 +156,7 @@ class _Plan:
     def __init__(self, model: onnx.ModelProto, options: QuantizeOptions) -> None:
         self.model = model
         self.options = options
-        self.names = _names(model.graph)
+        self.names = node_names(model.graph)
         self.left: dict[str, str] = {}
         self.wiring = Wiring(model.graph)
         self._inputs = {value.name for value in model.graph.input}
@@ -344,7 +344,7 @@ def _parse(data: bytes) -> onnx.ModelProto:
     return model
 
 
-def _names(graph: onnx.GraphProto) -> list[str]:
+def node_names(graph: onnx.GraphProto) -> list[str]:
     """A name for each node: its own where that is one, else the tensor it writes."""
     counts = Counter(node.name for node in graph.node)
     return [

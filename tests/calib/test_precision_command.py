@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 
 import edge_runtime as er
-from calib import precision_command
+from calib import precision_report, precision_work
 from edge_runtime import Bundle, OperatingPoint, cli
 from engines.bundle import BuiltStage, with_variants, write_bundle
 from engines.quantize import activations, quantize
 from engines.verify import run_stages
-from tests.calib.test_sensitivity import (
-    CLASSES,
+from tests.calib import conv_toys
+from tests.calib.precision_toys import (
     ruined,
     scaled,
     slow,
-    toy_cascade,
     toy_data,
     trained_models,
     write_toy,
 )
+from tests.toys import CLASSES, toy_cascade
 
 
 @pytest.fixture
@@ -105,6 +105,17 @@ def test_where_int8_is_slower_nothing_is_written(slower: Path, capsys) -> None:
     assert "INT8 does NOT pay here: no stage is worth it" in out
     assert "segment1 stays at fp32: slower here: " in out
     assert "edge-runtime evaluate" not in out
+    assert "--at-any-speed chooses by accuracy alone" in out
+
+
+def test_at_any_speed_a_slower_variant_is_chosen_and_said_to_be(slower: Path, capsys) -> None:
+    found = precision(slower, "--at-any-speed")
+    out = capsys.readouterr().out
+    assert found["variants"] == {"segment1": "int8"}
+    point = Bundle.open(slower / "toy.bundle").operating_point("int8")
+    assert "variants of any speed" in point.chosen_on["method"]
+    assert "INT8 does NOT pay here" in out
+    assert "Chosen by accuracy alone, for another device" in out
 
 
 def test_a_ruined_stage_stays(tmp_path: Path, capsys) -> None:
@@ -160,6 +171,51 @@ class TestOperatingPoint:
         assert "chosen on other images" in capsys.readouterr().out
 
 
+class TestLayers:
+    """Single layers, on demand."""
+
+    @staticmethod
+    def run(folder: Path, capsys, *more: str) -> tuple[dict, str]:
+        conv_toys.int8_bundle(folder, {("segment1", "b"): 300.0}).path.rename(folder / "toy.bundle")
+        data = conv_toys.data_of(Bundle.open(folder / "toy.bundle"))
+        images, labels = next(data.batches(1000))
+        np.savez(folder / "data.npz", images=images, labels=labels)
+        found = precision(folder, "--repeats", "0", "--dry-run", *more)
+        return found, capsys.readouterr().out
+
+    def test_the_worst_come_first_and_what_to_do_last(
+        self, tmp_path: Path, capsys, monkeypatch
+    ) -> None:
+        monkeypatch.setattr(precision_report, "_SHOWN", 3)
+        found, out = self.run(tmp_path, capsys, "--layers", "all")
+        layers = found["layers"]
+        listed = [(effect["stages"][0], effect["node"]) for effect in layers["effects"]]
+        assert listed == [(s, n) for s, names in conv_toys.LAYERS.items() for n in names]
+        assert {"exit_agreement", "accuracy_drop", "operator"} <= set(layers["effects"][0])
+        assert [one["exit"] for one in layers["effects"][0]["exits"]] == ["early", "final"]
+        table = out[out.index("what each layer alone does in int8") :]
+        rows = table[table.index("───") : table.index(" more that do less")].splitlines()[1:]
+        assert rows[0].split()[:3] == ["Conv4", "segment1", "early"]
+        assert [row.split()[:1] for row in rows[3:]] == [[], ["5"]]
+        (remedy,) = layers["remedies"]
+        assert remedy["exclude_nodes"] == "^(Conv4)$"
+        end = "Quantise the bundle without int8 again, with: --exclude-nodes '^(Conv4)$'"
+        assert layers["advice"][-1] == end
+        assert out.endswith(f"{end}\n")
+        assert "Conv4 of segment1 hurts: alone it changes " in layers["advice"][0]
+
+    def test_where_none_stands_out_nothing_is_advised(self, tmp_path: Path, capsys) -> None:
+        found, out = self.run(tmp_path, capsys, "--layers", "segment2")
+        assert [e["node"] for e in found["layers"]["effects"]] == ["Conv0", "Conv2"]
+        assert found["layers"]["remedies"] == []
+        assert "No layer stands out: none alone surely changes more than 2% of" in out
+        assert "--exclude-nodes" not in out
+
+    def test_nobody_looks_at_them_unasked(self, slower: Path, capsys) -> None:
+        assert precision(slower, "--dry-run")["layers"] is None
+        assert "layer" not in capsys.readouterr().out
+
+
 class TestRefusals:
     """Before anything long begins."""
 
@@ -167,6 +223,10 @@ class TestRefusals:
         ("arguments", "message"),
         [
             (["--precision", "fp16"], "convert"),
+            (["--layers", "all", "--precision", "fp16"], "in INT8 only: got --precision fp16"),
+            (["--layers", "all", "--backend", "fake"], "expected --backend onnxrt"),
+            (["--layers", "head1"], "'head1' has no variant 'int8'"),
+            (["--layers", "saver"], "stage 'saver': its int8 variant can't be split into layers"),
             (["--stages", "head1"], "--data DIR --out NEW"),
             (["--stages", "segment7"], "Did you mean 'segment"),
             (["--budget", "-1"], "--budget: got -1.0, expected points >= 0"),
@@ -180,7 +240,7 @@ class TestRefusals:
     def test_what_can_not_be(
         self, toy: Path, capsys, monkeypatch, arguments: list[str], message: str
     ) -> None:
-        monkeypatch.setattr(precision_command, "variant_times", None)
+        monkeypatch.setattr(precision_work, "variant_times", None)
         precision(toy, *arguments, code=2)
         assert message in capsys.readouterr().err
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from edge_runtime.cli import main
 from engines.qdq_lint import lint
 from engines.verify import run_stages
 from tests.meta.repository import ROOT
-from tests.tensorrt_without_gpu import parse_and_build
 
 DIGITS = ROOT / "examples" / "digits"
 BUNDLE = DIGITS / "digits.bundle"
@@ -61,16 +59,6 @@ def test_the_rules_hold(quantized: Bundle, stage: str) -> None:
     assert lint(quantized.stage_model(stage, "int8")) == ()
     size = len(quantized.stage_model(stage, "int8"))
     assert size < 0.6 * len(quantized.stage_model(stage, "fp32"))
-
-
-@pytest.mark.tensorrt
-@pytest.mark.parametrize("stage", STAGES)
-def test_tensorrt_builds_them(tensorrt: ModuleType, quantized: Bundle, stage: str) -> None:
-    shapes = {
-        spec.name: tuple(1 if axis == "batch" else int(axis) for axis in spec.shape)
-        for spec in quantized.record(stage).inputs
-    }
-    assert parse_and_build(quantized.stage_model(stage, "int8"), shapes)
 
 
 def test_classes_stay_what_they_were(quantized: Bundle) -> None:

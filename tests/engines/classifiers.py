@@ -120,6 +120,89 @@ def residual_classifier(*, exits: bool = False, classes: int = 4) -> onnx.ModelP
     return net.model(outputs | {"final": ["N", classes]}, image=["N", 3, SIZE, SIZE])
 
 
+#: Channels and stride of the 13 blocks of MobileNet v1, before the width multiplier.
+_MOBILENET_V1 = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)]
+_MOBILENET_V1 += [(512, 1)] * 5 + [(1024, 2), (1024, 1)]
+#: Expansion, channels, blocks, and stride of the first one, of MobileNet v2.
+_MOBILENET_V2 = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)]
+_MOBILENET_V2 += [(6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
+
+
+class MobileNet(Net):
+    """The layers of MobileNets, batch norm folded, as converters from TFLite write them."""
+
+    channels = 3
+
+    def filter(self, tensor: str, out: int, *, size: int, stride: int, bound: bool = True) -> str:
+        """A convolution over the channels (1 x 1 or the first), and ReLU6 where it has a bound."""
+        weights = self.rng.standard_normal((out, self.channels, size, size))
+        weights *= np.sqrt((1 + bound) / weights[0].size)
+        self.channels = out
+        return self._convolve(tensor, weights, stride, 1, bound)
+
+    def depthwise(self, tensor: str, stride: int) -> str:
+        """A convolution in each channel, and ReLU6."""
+        weights = self.rng.standard_normal((self.channels, 1, 3, 3)) * np.sqrt(2 / 9)
+        return self._convolve(tensor, weights, stride, self.channels, True)
+
+    def _convolve(
+        self, tensor: str, weights: np.ndarray, stride: int, group: int, bound: bool
+    ) -> str:
+        size = weights.shape[2]
+        bias = self.rng.standard_normal(len(weights)) / 10
+        constants = [self.constant(values.astype(np.float32)) for values in (weights, bias)]
+        tensor = self.add(
+            "Conv",
+            tensor,
+            *constants,
+            kernel_shape=[size, size],
+            strides=[stride, stride],
+            pads=[0, 0, 1, 1] if stride == 2 else [size // 2] * 4,
+            group=group,
+        )
+        if not bound:
+            return tensor
+        limits = [self.constant(np.array(value, np.float32)) for value in (0, 6)]
+        return self.add("Clip", tensor, *limits)
+
+    def inverted_residual(self, tensor: str, expansion: int, out: int, stride: int) -> str:
+        """Wider, depthwise, narrower without a bound; a skip around it where shapes allow."""
+        source, before = tensor, self.channels
+        if expansion != 1:
+            tensor = self.filter(tensor, expansion * before, size=1, stride=1)
+        tensor = self.depthwise(tensor, stride)
+        tensor = self.filter(tensor, out, size=1, stride=1, bound=False)
+        return self.add("Add", source, tensor) if stride == 1 and before == out else tensor
+
+
+def mobilenet(version: int, width: float, size: int, logits: str) -> onnx.ModelProto:
+    """A MobileNet for ImageNet with random weights: all its layers, a softmax at its end.
+
+    Args:
+        version: 1 or 2.
+        width: Multiplier of the channels.
+        size: Height and width of its input, a multiple of 32.
+        logits: Name of the tensor before the softmax, of 1001 classes.
+    """
+    net = MobileNet(version)
+    tensor = net.filter("image", int(32 * width), size=3, stride=2)
+    if version == 1:
+        for channels, stride in _MOBILENET_V1:
+            tensor = net.depthwise(tensor, stride)
+            tensor = net.filter(tensor, int(channels * width), size=1, stride=1)
+    else:
+        for expansion, channels, blocks, stride in _MOBILENET_V2:
+            for step in [stride] + [1] * (blocks - 1):
+                tensor = net.inverted_residual(tensor, expansion, int(channels * width), step)
+        tensor = net.filter(tensor, 1280, size=1, stride=1)
+    tensor = net.add("AveragePool", tensor, kernel_shape=[size // 32] * 2)
+    tensor = net.filter(tensor, 1001, size=1, stride=1, bound=False)
+    tensor = net.add("Transpose", tensor, perm=[0, 2, 3, 1])
+    net.add("Reshape", tensor, net.constant(np.array([1, 1001], np.int64)), out=logits)
+    net.add("Softmax", logits, out="scores", axis=-1)
+    return net.model({"scores": [1, 1001]}, image=[1, 3, size, size], opset=13, ir_version=7)
+
+
 def save(model: onnx.ModelProto, path: Path) -> Path:
     onnx.checker.check_model(model)
     onnx.save(model, path)

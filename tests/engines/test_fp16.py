@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -636,12 +635,3 @@ def test_tensorrt_builds_what_is_partly_fp32(tensorrt: ModuleType, loud: bytes) 
 @pytest.mark.tensorrt
 def test_tensorrt_builds_int8_in_fp16(tensorrt: ModuleType) -> None:
     assert parse_and_build(convert(quantised(19)).model, {"x": (1, 8)})
-
-
-@pytest.mark.tensorrt
-def test_tensorrt_builds_digits(tensorrt: ModuleType) -> None:
-    bundle = Bundle.open(Path(__file__).parents[2] / "examples/digits/digits.bundle")
-    for record in bundle.manifest.stages[1:]:
-        model = convert(bundle.stage_model(record.name, "fp32")).model
-        shapes = {spec.name: (1, *spec.sample_shape()) for spec in record.inputs}
-        assert parse_and_build(model, shapes)
