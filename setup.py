@@ -11,6 +11,7 @@ PACKAGES = [
     "edge_runtime",
     "edge_runtime.backends",
     "edge_runtime.backends.cuda",
+    "edge_runtime.backends.tensorrt",
     "engines",
     "calib",
     "bench",

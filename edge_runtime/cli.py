@@ -43,12 +43,17 @@ SECTIONS: dict[str, dict[str, Command]] = {
         "quantize": Command("calib.quantize_command", "a bundle, or one ONNX file, in INT8"),
         "convert": Command("engines.convert_command", "a bundle, or one ONNX file, in FP16"),
         "thresholds": Command("calib.thresholds_command", "operating points from labelled data"),
+        "build": Command("engines.build_command", "TensorRT engines for this device"),
         "precision": Command("calib.precision_command", "which stages run at INT8 or FP16"),
+        "engines": Command(
+            "edge_runtime.engines_command", "list, check or remove a bundle's TensorRT engines"
+        ),
     },
     "measure": {
         "evaluate": Command(
             "edge_runtime.evaluate", "accuracy, exits and latency on labelled data"
         ),
+        "verify": Command("engines.verify_command", "this device's engines against ONNX Runtime"),
         "bench": Command("bench.latency", "the cascade against its base model, in one run"),
     },
 }

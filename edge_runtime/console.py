@@ -5,10 +5,12 @@ With ``--json -`` stdout carries the JSON alone, and what people read goes to st
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -136,6 +138,37 @@ class Console:
                 if time.monotonic() - drawn >= _BAR_EVERY_S:
                     progress.refresh()
                     drawn = time.monotonic()
+
+    @contextlib.contextmanager
+    def status(self, title: str) -> Iterator[Callable[[str], None]]:
+        """Show how far something is that tells it in words.
+
+        Args:
+            title: What is done; begins the line.
+
+        Yields:
+            A function that takes the text: shown in place on a terminal, else now and then.
+        """
+        terminal = self._stderr.isatty()
+        shown = time.monotonic()
+
+        def show(text: str) -> None:
+            nonlocal shown
+            line = f"{title}: {text}"
+            if terminal:
+                width = shutil.get_terminal_size().columns - 1
+                self._stderr.write(f"\r\x1b[K{line[:width]}")
+                self._stderr.flush()
+            elif time.monotonic() - shown >= _PROGRESS_EVERY_S:
+                shown = time.monotonic()
+                self.note(line)
+
+        try:
+            yield show
+        finally:
+            if terminal:
+                self._stderr.write("\r\x1b[K")
+                self._stderr.flush()
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write the command's result as JSON, where it was asked for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,25 @@ def cpu_name() -> str:
             if line.startswith(key):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def gpu_driver(root: Path = Path("/")) -> str:
+    """Release of NVIDIA's kernel driver: "580.65.06", on a Jetson that of L4T; "" where unknown.
+
+    Args:
+        root: Where the system's files are.
+    """
+    for file, pattern in (
+        ("proc/driver/nvidia/version", r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s"),
+        ("etc/nv_tegra_release", r"R(\d+) .*REVISION: ([\d.]+)"),
+    ):
+        try:
+            found = re.search(pattern, (root / file).read_text(encoding="utf-8", errors="replace"))
+        except OSError:
+            continue
+        if found:
+            return ".".join(found.groups())
+    return ""
 
 
 def package_versions() -> dict[str, str]:

@@ -12,7 +12,9 @@ from edge_runtime import device
 from edge_runtime.backends.cuda import probe
 from edge_runtime.backends.cuda.backend import open_cuda
 from edge_runtime.backends.onnxrt import shared_pool_available
+from edge_runtime.backends.tensorrt import api
 from edge_runtime.console import Console
+from edge_runtime.engine_cache import EngineCache
 from edge_runtime.errors import BackendUnavailable, CudaError
 from edge_runtime.schema import plain
 
@@ -64,13 +66,23 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     for name, value in gpu.items():
         for key, text in value.items() if isinstance(value, dict) else [("", value)]:
             console.line(f"  {f'{name} {key}'.strip()}: {text or 'available'}")
+    engines = _tensorrt()
+    console.line("\nTensorRT")
+    for name, text in engines.items():
+        console.line(f"  {name}: {text}")
     warnings = [*_shadowed(), *_onnxruntime()]
     console.line()
     for warning in warnings:
         console.line(f"warning: {warning}")
     if not warnings:
         console.line("no warnings")
-    return {"device": fingerprint, "missing": missing, "gpu": gpu, "warnings": warnings}
+    return {
+        "device": fingerprint,
+        "missing": missing,
+        "gpu": gpu,
+        "tensorrt": engines,
+        "warnings": warnings,
+    }
 
 
 def _installed(module: str) -> bool:
@@ -93,6 +105,15 @@ def _gpu() -> dict[str, Any]:
         return {"device": plain(cuda.facts), "failed": str(error)}
     finally:
         cuda.close()
+
+
+def _tensorrt() -> dict[str, str]:
+    """Which TensorRT there is and where its engines are kept, or why there is none."""
+    try:
+        trt = api.import_tensorrt()
+    except BackendUnavailable as error:
+        return {"none": str(error)}
+    return {api.module_name(trt): trt.__version__, "engines in": str(EngineCache().root)}
 
 
 def _shadowed() -> list[str]:

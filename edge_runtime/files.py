@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic JSON, hashes, and folders that replace each other."""
+"""Files that are whole or absent: atomic writes, hashes, and folders that replace each other."""
 
 from __future__ import annotations
 
@@ -90,16 +90,46 @@ def write_json(path: Path, data: Any) -> None:
     Raises:
         EdgeRuntimeError: The file can't be written; the old one is still there.
     """
-    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+    text = json_text(data)
     path = Path(os.path.realpath(path))
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             # A terminal, a pipe or /dev/null: to replace it would destroy it.
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(text)
         else:
             _replace_file(path, text)
     except OSError as error:
         raise EdgeRuntimeError(f"{path} can't be written: {error.strerror or error}") from error
+
+
+def json_text(data: Any) -> bytes:
+    """Indented JSON, as `write_json` writes it.
+
+    Raises:
+        ValueError: A number is not finite.
+    """
+    return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode()
+
+
+def write_bytes(path: Path, data: bytes, *, remedy: str | None = None) -> None:
+    """Write a file so that a reader sees the old one or the new one, after a power cut too.
+
+    Args:
+        path: The file. A symbolic link is replaced, not followed.
+        data: All of its contents.
+        remedy: What the reader of the error can do about it.
+
+    Raises:
+        EdgeRuntimeError: The file can't be written; the old one is still there, or the new one
+            where only the last step, making its name outlast a power cut, failed.
+    """
+    try:
+        _replace_file(path, data)
+        _fsync(path.parent)
+    except OSError as error:
+        raise EdgeRuntimeError(
+            f"{path} can't be written: {error.strerror or error}", remedy=remedy
+        ) from error
 
 
 @contextlib.contextmanager
@@ -145,11 +175,11 @@ def replacing_folder(
         raise
 
 
-def _replace_file(path: Path, text: str) -> None:
+def _replace_file(path: Path, data: bytes) -> None:
     writing = _beside(path)
     try:
-        with writing.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with writing.open("xb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         writing.replace(path)

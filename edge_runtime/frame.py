@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -14,16 +15,20 @@ from edge_runtime.prediction import Ended
 
 #: The rows of a frame of one image.
 _ALONE: NDArray[np.intp] = np.zeros(1, np.intp)
+#: Begin and duration of a stage that the host does not see.
+UNKNOWN = (math.nan, math.nan)
 
 
 class StepRun:
     """What one step did in one frame: on which samples, when each stage ended, what was decided."""
 
-    __slots__ = ("decided", "decision", "marks", "rows")
+    __slots__ = ("decided", "decision", "marks", "measured", "rows")
 
     def __init__(self, rows: NDArray[np.intp], begin: float) -> None:
         self.rows = rows
         self.marks = [begin]
+        #: Seconds of each stage on the device, where the backend measures them.
+        self.measured: tuple[float, ...] = ()
         self.decision: Any = None
         self.decided = begin
 
@@ -64,20 +69,25 @@ class Frame:
             return self.collected.decision(index)
         return self.runs[index].decision
 
-    def marks(self, index: int, stages: int) -> tuple[list[float], int]:
-        """When step `index` began and each of its stages ended, and on how many samples.
+    def times(self, index: int, stages: int) -> tuple[list[tuple[float, float]], int]:
+        """When each stage of step `index` began and how long it took, and on how many samples.
 
         Args:
             index: Of the step.
             stages: How many it has.
 
         Returns:
-            Seconds since the frame's begin, NaN where only the device knows; and the batch.
+            Per stage that was run, seconds from the frame's begin to its own and seconds that it
+            took, NaN where only the device knows; and the batch.
         """
         if self.collected is not None:
-            return [math.nan] * (stages + 1), 1
+            return [UNKNOWN] * stages, 1
         run = self.runs[index]
-        return [mark - self.start for mark in run.marks], len(run.rows)
+        marks = [mark - self.start for mark in run.marks]
+        if run.measured:
+            ends = zip(marks[1:], run.measured, strict=True)
+            return [(end - took, took) for end, took in ends], len(run.rows)
+        return [(begin, end - begin) for begin, end in itertools.pairwise(marks)], len(run.rows)
 
     def decided(self, index: int, end: float) -> float:
         """Seconds from the frame's begin to the decision of step `index`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from edge_runtime.backends.base import Backend
 from edge_runtime.errors import ConfigError
@@ -13,9 +13,12 @@ from edge_runtime.scheduler import Scheduler
 from edge_runtime.schema import nearest
 
 if TYPE_CHECKING:
+    from edge_runtime.backends.cuda.backend import CudaOptions
     from edge_runtime.backends.onnxrt import OnnxRuntimeOptions
 
-BACKENDS = ("onnxrt", "fake")
+BACKENDS = ("onnxrt", "tensorrt", "fake")
+
+T = TypeVar("T")
 
 #: The point that is run when none is named: as accurate as the last exit, as cheap as possible.
 DEFAULT_POINT = "zero_loss"
@@ -27,17 +30,18 @@ def load(
     backend: str | Backend = "onnxrt",
     operating_point: str | OperatingPoint | None = None,
     image_size: tuple[int, int] | None = None,
-    options: OnnxRuntimeOptions | None = None,
+    options: OnnxRuntimeOptions | CudaOptions | None = None,
 ) -> Scheduler:
     """Open a bundle, ready to classify.
 
     Args:
         path: The bundle's folder, or a bundle that is already open.
-        backend: "onnxrt", "fake", or a backend of your own.
+        backend: "onnxrt", "tensorrt" (engines that edge-runtime build has made for this device),
+            "fake", or a backend of your own.
         operating_point: Name of a point in the bundle, a file that ends in .json, or a point made
             by hand; the bundle's "zero_loss" where None.
         image_size: (height, width) of the camera, for bundles that leave it open.
-        options: Options of the ONNX Runtime backend.
+        options: `OnnxRuntimeOptions` for "onnxrt", `CudaOptions` for "tensorrt".
 
     Returns:
         An opened scheduler; call it with an image, close it or use it in a with statement.
@@ -56,19 +60,35 @@ def load(
     return Scheduler(bundle.cascade, backend, operating_point, image_size=image_size).open()
 
 
-def new_backend(name: str, bundle: Bundle, options: OnnxRuntimeOptions | None = None) -> Backend:
+def new_backend(
+    name: str, bundle: Bundle, options: OnnxRuntimeOptions | CudaOptions | None = None
+) -> Backend:
     """A backend by its name, not opened.
 
     Raises:
-        ConfigError: There is no such backend.
+        ConfigError: There is no such backend, or it takes other options.
         BackendUnavailable: Its package is missing.
     """
     if name == "onnxrt":
-        from edge_runtime.backends.onnxrt import OnnxRuntimeBackend
+        from edge_runtime.backends.onnxrt import OnnxRuntimeBackend, OnnxRuntimeOptions
 
-        return OnnxRuntimeBackend(bundle, options)
+        return OnnxRuntimeBackend(bundle, _of(OnnxRuntimeOptions, options, name))
+    if name == "tensorrt":
+        from edge_runtime.backends.cuda.backend import CudaBackend, CudaOptions
+        from edge_runtime.backends.tensorrt.stages import TensorRTStages
+
+        return CudaBackend(TensorRTStages(bundle), _of(CudaOptions, options, name))
     if name == "fake":
         from edge_runtime.backends.fake import FakeBackend
 
         return FakeBackend()
     raise ConfigError(f"there is no backend {name!r}", remedy=nearest(name, BACKENDS))
+
+
+def _of(kind: type[T], options: object, backend: str) -> T | None:
+    """Options of the kind that a backend takes."""
+    if options is None or isinstance(options, kind):
+        return options
+    raise ConfigError(
+        f"options of the backend {backend!r}", got=type(options).__name__, expected=kind.__name__
+    )

@@ -15,7 +15,13 @@ from edge_runtime.operating_point import OperatingPoint
 from edge_runtime.scheduler import Scheduler
 
 if TYPE_CHECKING:
+    from edge_runtime.backends.cuda.backend import CudaOptions
     from edge_runtime.backends.onnxrt import OnnxRuntimeOptions
+
+
+#: Options by the backend that has them.
+_ONNXRT = ("threads", "provider", "optimization")
+_TENSORRT = ("mode", "device")
 
 
 def count(text: str) -> int:
@@ -49,18 +55,23 @@ def _whole(text: str, least: int) -> int:
     return value
 
 
-def add_bundle(parser: argparse.ArgumentParser) -> None:
-    """The bundle, and how its stages are run."""
+def add_bundle(parser: argparse.ArgumentParser, *, backend: str = "onnxrt") -> None:
+    """The bundle, and how its stages are run; `backend` is the default."""
+    from edge_runtime.backends.cuda.backend import Mode
     from edge_runtime.backends.onnxrt import Optimization
 
     parser.add_argument("bundle", metavar="BUNDLE", help="folder of the bundle")
     group = parser.add_argument_group("backend")
-    group.add_argument("--backend", choices=BACKENDS, default="onnxrt")
-    group.add_argument("--threads", type=whole, default=0, help="0: one per core (default)")
+    group.add_argument("--backend", choices=BACKENDS, default=backend)
+    group.add_argument("--threads", type=whole, help="onnxrt: 0 is one per core (default)")
     group.add_argument(
-        "--provider", default="CPUExecutionProvider", help="ONNX Runtime's execution provider"
+        "--provider", help="onnxrt: execution provider (default CPUExecutionProvider)"
     )
-    group.add_argument("--optimization", choices=get_args(Optimization), default="all")
+    group.add_argument("--optimization", choices=get_args(Optimization), help="onnxrt")
+    group.add_argument(
+        "--mode", choices=get_args(Mode), help="tensorrt: execution mode (default: the best here)"
+    )
+    group.add_argument("--device", type=whole, help="tensorrt: index of the GPU (default 0)")
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -114,13 +125,38 @@ def open_data(args: argparse.Namespace, bundle: Bundle) -> ImageDataset:
     return data
 
 
+def backend_options(
+    args: argparse.Namespace, *, time_stages: bool = False
+) -> OnnxRuntimeOptions | CudaOptions | None:
+    """Options of the backend that `args` name.
+
+    Args:
+        args: What `add_bundle` has added.
+        time_stages: See `open_cascade`.
+
+    Raises:
+        ConfigError: There are some of another backend.
+    """
+    own: tuple[str, ...] = {"onnxrt": _ONNXRT, "tensorrt": _TENSORRT}.get(args.backend, ())
+    for name in (*_ONNXRT, *_TENSORRT):
+        if name not in own and getattr(args, name) is not None:
+            raise ConfigError(f"--{name} is no option of --backend {args.backend}")
+    given = {name: getattr(args, name) for name in own if getattr(args, name) is not None}
+    if args.backend == "onnxrt":
+        return onnxrt_options(args)
+    if args.backend == "tensorrt":
+        from edge_runtime.backends.cuda.backend import CudaOptions
+
+        return CudaOptions(**given, time_stages=time_stages)
+    return None
+
+
 def onnxrt_options(args: argparse.Namespace) -> OnnxRuntimeOptions:
-    """Options of the ONNX Runtime backend."""
+    """Options of the ONNX Runtime backend; the defaults for what `args` do not give."""
     from edge_runtime.backends.onnxrt import OnnxRuntimeOptions
 
-    return OnnxRuntimeOptions(
-        provider=args.provider, threads=args.threads, optimization=args.optimization
-    )
+    given = {name: getattr(args, name) for name in _ONNXRT if getattr(args, name) is not None}
+    return OnnxRuntimeOptions(**given)
 
 
 def open_with_base(
@@ -136,14 +172,28 @@ def open_with_base(
 
 
 def open_cascade(
-    args: argparse.Namespace, bundle: Bundle, data: ImageDataset, point: str | OperatingPoint | None
+    args: argparse.Namespace,
+    bundle: Bundle,
+    data: ImageDataset,
+    point: str | OperatingPoint | None,
+    *,
+    time_stages: bool = False,
 ) -> Scheduler:
-    """The cascade at an operating point, opened for the size of the data's images."""
+    """The cascade at an operating point, opened for the size of the data's images.
+
+    Args:
+        args: What `add_bundle` has added.
+        bundle: The bundle.
+        data: Images.
+        point: The operating point, or its name.
+        time_stages: Whether traces must have the time of every stage, which a GPU tells only when
+            it is asked for.
+    """
     height, width, _ = data.image(0).shape
     return load(
         bundle,
         backend=args.backend,
         operating_point=point,
         image_size=(height, width),
-        options=onnxrt_options(args),
+        options=backend_options(args, time_stages=time_stages),
     )

@@ -16,7 +16,8 @@ class StageRun(NamedTuple):
     Attributes:
         stage: Its name.
         precision: The variant that was run.
-        start_s: Seconds since the call began; NaN where only the device knows.
+        start_s: Seconds from the call to its begin: where the device measures durations, from the
+            call to its end as the host saw it, less the duration. NaN where only the device knows.
         duration_s: Seconds that the stage took; NaN likewise.
         batch: Samples it was run on.
     """

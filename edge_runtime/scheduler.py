@@ -9,7 +9,6 @@ happened is in the trace of every prediction.
 from __future__ import annotations
 
 import functools
-import math
 import threading
 import time
 from collections import deque
@@ -25,7 +24,7 @@ from edge_runtime.backends.base import Backend
 from edge_runtime.cascade import Cascade, Plan, Step
 from edge_runtime.confidence import Decision
 from edge_runtime.errors import BackendError, ConfigError, CudaError, InputError
-from edge_runtime.frame import ExpectedTimes, Frame
+from edge_runtime.frame import UNKNOWN, ExpectedTimes, Frame, StepRun
 from edge_runtime.operating_point import OperatingPoint
 from edge_runtime.policy import Policy
 from edge_runtime.prediction import ExitRun, Prediction, StageRun, Trace
@@ -80,7 +79,7 @@ class Scheduler:
             raise BackendError("the cascade is open already", remedy="Close it first")
         self._policy = self.point.policy_for(self.cascade)
         self.plan: Plan = self.cascade.plan(self._policy.evaluated(len(self.cascade.exits)))
-        axes = _image_axes(self.plan, self._image_size)
+        axes = image_axes(self.plan, self._image_size)
         self.image = self.plan.image.resolve(axes)
         self._opened = True
         try:
@@ -358,7 +357,7 @@ class Scheduler:
                 self._expected.skip(index, len(frame.rows))
                 frame.answer(index - 1, "deadline", run.marks[0])
                 return
-            if not self._run_stages(step, frame, run.marks, deadline_s if index else None):
+            if not self._run_stages(step, frame, run, deadline_s if index else None):
                 frame.answer(index - 1, "deadline", run.marks[-1])
                 return
             run.decision = self._decide(step)
@@ -416,15 +415,17 @@ class Scheduler:
         return spent + self._expected.seconds(index, len(frame.rows)) > deadline_s
 
     def _run_stages(
-        self, step: _Step, frame: Frame, marks: list[float], deadline_s: float | None
+        self, step: _Step, frame: Frame, into: StepRun, deadline_s: float | None
     ) -> bool:
         """Run the stages of a step; False when the deadline passes before one of them."""
-        clock, run = self._clock, self.backend.run
+        clock, run, marks = self._clock, self.backend.run, into.marks
         for stage in step.stages:
             if deadline_s is not None and marks[-1] - frame.start >= deadline_s:
                 return False
-            run(stage)
+            measured = run(stage)
             marks.append(clock())
+            if measured is not None:
+                into.measured += (measured,)
         return True
 
     def _decide(self, step: _Step) -> Decision:
@@ -459,13 +460,13 @@ class Scheduler:
         steps = max(index + 1, len(frame.runs)) if ended == "deadline" else index + 1
         stages: list[StageRun] = []
         for at, step in enumerate(self._steps[:steps]):
-            marks, batch = frame.marks(at, len(step.stages))
+            times, batch = frame.times(at, len(step.stages))
             if self.backend.asynchronous:
-                marks = [math.nan] * len(marks)
+                times = [UNKNOWN] * len(times)
             stages += [
-                StageRun(stage, precision, begin, end - begin, batch)
-                for stage, precision, begin, end in zip(
-                    step.stages, step.precisions, marks, marks[1:], strict=False
+                StageRun(stage, precision, begin, seconds, batch)
+                for stage, precision, (begin, seconds) in zip(
+                    step.stages, step.precisions, times, strict=False
                 )
             ]
         exits = [
@@ -543,7 +544,7 @@ def _at_exit(step: _Step, error: BackendError) -> BackendError:
     return kind(f"exit {step.exit!r}: {error}", stage=stage)
 
 
-def _image_axes(plan: Plan, image_size: tuple[int, int] | None) -> Mapping[str, int]:
+def image_axes(plan: Plan, image_size: tuple[int, int] | None) -> Mapping[str, int]:
     """Lengths of the image's named axes."""
     named = [axis for axis in plan.image.shape[1:] if isinstance(axis, str)]
     if image_size is None:

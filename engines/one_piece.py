@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from edge_runtime.cascade import Stage
 from edge_runtime.errors import ConfigError, EngineBuildError
@@ -34,11 +35,27 @@ def one_piece(bundle: Bundle, exit_name: str, variants: Mapping[str, str] | None
     if exit_name not in names:
         raise ConfigError(f"the bundle has no exit {exit_name!r}", remedy=nearest(exit_name, names))
     plan = cascade.plan([names.index(exit_name)])
-    parts = [
-        (stage, bundle.stage_model(stage.name, bundle.precision(stage.name, variants or {})))
-        for stage in plan.stages
-    ]
+    parts = stage_models(bundle, plan.stages, variants or {})
     return merge(cascade.image, parts, plan.steps[-1].exit.logits)
+
+
+def stage_models(
+    bundle: Bundle, stages: Sequence[Stage], variants: Mapping[str, str]
+) -> list[tuple[Stage, bytes]]:
+    """Stages with their models.
+
+    Args:
+        bundle: Where the models come from.
+        stages: Some of its stages.
+        variants: Stage name -> precision, for stages that are not taken at their first variant.
+
+    Raises:
+        ConfigError: There is no such variant.
+    """
+    return [
+        (stage, bundle.stage_model(stage.name, bundle.precision(stage.name, variants)))
+        for stage in stages
+    ]
 
 
 def merge(image: TensorSpec, parts: Sequence[tuple[Stage, bytes]], logits: str) -> bytes:
@@ -55,33 +72,83 @@ def merge(image: TensorSpec, parts: Sequence[tuple[Stage, bytes]], logits: str) 
     Raises:
         EngineBuildError: The opsets differ, or the parts make no valid model.
     """
-    models = [onnx.load_model_from_string(model) for _, model in parts]
     stages = [stage for stage, _ in parts]
-    versions = _common_opsets(stages, models)
+    joined = join(parts)
     single = any(spec.shape[0] == 1 for stage in stages for spec in stage.inputs)
     output = next(spec for stage in stages for spec in stage.outputs if spec.name == logits)
     merged = onnx.helper.make_graph(
         [], "one_piece", [value_info(_batch(image, single))], [value_info(_batch(output, single))]
     )
-    taken: set[str] = set()
-    for stage, model in zip(stages, models, strict=True):
-        graph = _apart(stage, onnx.inliner.inline_local_functions(model).graph, taken)
-        merged.node.extend(graph.node)
-        merged.initializer.extend(graph.initializer)
-        merged.sparse_initializer.extend(graph.sparse_initializer)
-    whole = onnx.helper.make_model(
-        merged,
-        producer_name="edge-runtime",
-        ir_version=max(model.ir_version for model in models),
-        opset_imports=[onnx.helper.make_opsetid(*item) for item in versions.items()],
-    )
-    try:
-        onnx.checker.check_model(whole)
-    except (onnx.checker.ValidationError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise EngineBuildError(f"the stages make no valid model in one piece: {first}") from error
-    data: bytes = whole.SerializeToString()
-    return data
+    for stage in stages:
+        joined.append(stage, merged)
+    return joined.finish(merged)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Stages that fit into one model: their boundary tensors meet, and no other names do.
+
+    Attributes:
+        graphs: Stage name -> graph.
+        opsets: Operator domain -> version.
+        ir_version: Version of the file format.
+    """
+
+    graphs: Mapping[str, onnx.GraphProto]
+    opsets: Mapping[str, int]
+    ir_version: int
+
+    def append(self, stage: Stage, graph: onnx.GraphProto) -> None:
+        """Put the nodes and weights of a stage behind those of a graph."""
+        own = self.graphs[stage.name]
+        graph.node.extend(own.node)
+        graph.initializer.extend(own.initializer)
+        graph.sparse_initializer.extend(own.sparse_initializer)
+
+    def finish(self, graph: onnx.GraphProto) -> bytes:
+        """Make the model.
+
+        Raises:
+            EngineBuildError: The graph is not valid.
+        """
+        whole = onnx.helper.make_model(
+            graph,
+            producer_name="edge-runtime",
+            ir_version=self.ir_version,
+            opset_imports=[onnx.helper.make_opsetid(*item) for item in self.opsets.items()],
+        )
+        try:
+            onnx.checker.check_model(whole)
+        except (onnx.checker.ValidationError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise EngineBuildError(
+                f"the stages make no valid model in one piece: {first}"
+            ) from error
+        data: bytes = whole.SerializeToString()
+        return data
+
+
+def join(parts: Sequence[tuple[Stage, bytes]], renamed: Mapping[str, str] | None = None) -> Joined:
+    """Prepare stages for one model.
+
+    Args:
+        parts: Stages with their models, in order of execution.
+        renamed: Names that no tensor may have -> what a boundary tensor of that name is called.
+
+    Raises:
+        EngineBuildError: The opsets differ.
+    """
+    models = [onnx.load_model_from_string(model) for _, model in parts]
+    stages = [stage for stage, _ in parts]
+    versions = _common_opsets(stages, models)
+    taken = {*(renamed or {}), *(name for stage in stages for name in _boundary(stage))}
+    graphs = {
+        stage.name: _apart(
+            stage, onnx.inliner.inline_local_functions(model).graph, taken, renamed or {}
+        )
+        for stage, model in zip(stages, models, strict=True)
+    }
+    return Joined(graphs, versions, max(model.ir_version for model in models))
 
 
 def _common_opsets(stages: Sequence[Stage], models: Sequence[onnx.ModelProto]) -> dict[str, int]:
@@ -102,15 +169,21 @@ def _common_opsets(stages: Sequence[Stage], models: Sequence[onnx.ModelProto]) -
     return versions
 
 
-def _apart(stage: Stage, graph: onnx.GraphProto, taken: set[str]) -> onnx.GraphProto:
+def _apart(
+    stage: Stage, graph: onnx.GraphProto, taken: set[str], renamed: Mapping[str, str]
+) -> onnx.GraphProto:
     """The graph with a prefix on its inner names if one of them is taken; adds its names there."""
-    boundary = {spec.name for spec in (*stage.inputs, *stage.outputs)}
-    inner = _names(graph) - boundary
-    if not inner.isdisjoint(taken):
-        graph = rename(graph, f"{stage.name}/", {name: name for name in boundary})
-        inner = _names(graph) - boundary
-    taken |= inner | boundary
+    names = {name: renamed.get(name, name) for name in _boundary(stage)}
+    inner = _names(graph) - set(names)
+    if not inner.isdisjoint(taken) or not renamed.keys().isdisjoint(names):
+        graph = rename(graph, f"{stage.name}/", names)
+        inner = _names(graph) - set(names.values())
+    taken |= inner
     return graph
+
+
+def _boundary(stage: Stage) -> set[str]:
+    return {spec.name for spec in (*stage.inputs, *stage.outputs)}
 
 
 def _names(graph: onnx.GraphProto) -> set[str]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.backends.tensorrt.keys import CAST_FIRST
 from edge_runtime.cascade import Stage
 from edge_runtime.errors import ConfigError
 from edge_runtime.tensors import BATCH, TensorSpec
@@ -33,7 +34,7 @@ Layout = Literal["NCHW", "NHWC"]
 
 #: Name of the variant that ONNX Runtime runs, and of the one that TensorRT can build.
 CPU_VARIANT = "fp32"
-TENSORRT_VARIANT = "fp32_cast_first"
+TENSORRT_VARIANT = CAST_FIRST
 
 #: The first opsets whose Resize has half_pixel coordinates, and antialias.
 MIN_OPSET = 11

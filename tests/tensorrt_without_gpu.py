@@ -6,6 +6,8 @@ device, and patchelf, which points a copy of the first at the second. The pairin
 and never distributed. It shows that the parser accepts a stage, that the builder makes an engine
 of it, and that our code calls the API rightly; it runs nothing, and says nothing of a Jetson's
 kernels. Where a GPU and a real `tensorrt` are present, those are used instead.
+
+``python -m tests.tensorrt_without_gpu build BUNDLE --without-gpu`` runs `edge-runtime` with it.
 """
 
 import ctypes
@@ -22,9 +24,9 @@ import sysconfig
 import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-from bench.gpu.tensorrt import make_log
+from edge_runtime.cli import main
+from engines.tensorrt_build import build_engine
 
 SUPPORTED = sys.platform == "linux" and platform.machine() == "x86_64"
 
@@ -81,52 +83,16 @@ def make_module(cache: Path) -> Path:
 
 
 def parse_and_build(onnx_bytes: bytes, shapes: dict[str, tuple[int, ...]] | None = None) -> bytes:
-    """Build an engine of a stage: strongly typed, one shape for each dynamic input.
+    """Build an engine of a stage as `edge-runtime build` does; returns the serialized engine.
 
     Args:
         onnx_bytes: The serialized ONNX model.
-        shapes: Shape of every input with a dynamic dimension, e.g. `{"image": (1, 480, 640, 3)}`,
-            taken as minimum, optimum and maximum of the optimisation profile.
-
-    Returns:
-        The serialized engine, not empty.
+        shapes: Shape of every input with a dynamic dimension, e.g. `{"image": (1, 480, 640, 3)}`.
 
     Raises:
-        AssertionError: The parser or the builder refused; the message has their reasons.
+        EngineBuildError: The parser or the builder refused; the message has their reasons.
     """
-    trt = load()
-    log = make_log(trt)
-    builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse(onnx_bytes):
-        errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        reasons = [f"{e.node_operator()} {e.node_name()!r}: {e.desc()}" for e in errors]
-        raise AssertionError("\n".join(["TensorRT's parser refused the model", *reasons]))
-
-    config = builder.create_builder_config()
-    _add_profile(builder, network, config, shapes or {}, log)
-    plan = builder.build_serialized_network(network, config)
-    assert plan is not None, "\n".join(["TensorRT's builder refused the network", *log.lines])
-    return bytes(plan)
-
-
-def _add_profile(
-    builder: Any, network: Any, config: Any, shapes: dict[str, tuple[int, ...]], log: Any
-) -> None:
-    """Pin every dynamic input to its shape in `shapes`."""
-    inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    dynamic = {tensor.name for tensor in inputs if -1 in tuple(tensor.shape)}
-    assert set(shapes) == dynamic, (
-        f"the dynamic inputs are {sorted(dynamic)}, got shapes for {sorted(shapes)}"
-    )
-    if not dynamic:
-        return
-    profile = builder.create_optimization_profile()
-    for name, shape in shapes.items():
-        profile.set_shape(name, shape, shape, shape)
-    index = config.add_optimization_profile(profile)
-    assert index >= 0, "\n".join([f"TensorRT refused the shapes {shapes}", *log.lines])
+    return build_engine(load(), onnx_bytes, shapes or {}, stage="under test").plan
 
 
 def _patch(library: Path, rpath: Path, symbol_map: Path) -> None:
@@ -160,3 +126,8 @@ def _gpu_is_present() -> bool:
         return False
     # tests/cuda_without_gpu may have put its own into this process.
     return not hasattr(driver, "emulated_marker") and bool(driver.cuInit(0) == 0)
+
+
+if __name__ == "__main__":
+    load()
+    sys.exit(main())

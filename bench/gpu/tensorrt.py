@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -18,7 +16,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,19 +25,19 @@ from bench.gpu.lab import Lab, NotRun, SharedCuda, microseconds
 from edge_runtime import options
 from edge_runtime.backends.cuda.backend import open_cuda
 from edge_runtime.backends.cuda.base import Body, Cuda, ExecutableGraph, Stream
+from edge_runtime.backends.tensorrt import api
 from edge_runtime.cli import run_command
 from edge_runtime.console import Console
-from edge_runtime.errors import BackendError, BackendUnavailable, EngineBuildError
+from edge_runtime.errors import BackendError, EngineBuildError
 
 _ELEMENTS = 8
 _NBYTES = 4 * _ELEMENTS
 _ADDED = 3.0
-_MODULES = ("tensorrt", "tensorrt_rtx")
 
 
 def check(lab: Lab) -> dict[str, Any]:
     """TensorRT where it is installed, in a process of its own."""
-    if not any(importlib.util.find_spec(name) for name in _MODULES):
+    if not api.is_installed():
         raise NotRun("neither tensorrt nor tensorrt_rtx is installed")
     command = [sys.executable, "-m", "bench.gpu.tensorrt", "--json", "-"]
     command += ["--device", str(lab.device), "--package", lab.package]
@@ -86,7 +83,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Build, run, capture, embed; print what happened."""
-    trt = import_tensorrt()
+    trt = api.import_tensorrt()
     make = functools.partial(open_cuda, args.package, args.device)
     cuda = SharedCuda(make())
     lab = Lab(cuda.open(), make, device=args.device, package=args.package)
@@ -96,23 +93,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         cuda.close_device()
     console.line(found["summary"])
     return found
-
-
-def import_tensorrt() -> Any:
-    """TensorRT, or TensorRT for RTX, which has the same interface.
-
-    Raises:
-        BackendUnavailable: Neither can be imported.
-    """
-    reasons = []
-    for name in _MODULES:
-        try:
-            module: ModuleType = importlib.import_module(name)
-        except (ImportError, OSError) as error:
-            reasons.append(f"{name}: {(str(error).splitlines() or [''])[0]}")
-        else:
-            return module
-    raise BackendUnavailable(f"TensorRT can't be imported: {'; '.join(reasons)}")
 
 
 def try_tensorrt(lab: Lab, trt: Any, seconds: float) -> dict[str, Any]:
@@ -132,7 +112,7 @@ def try_tensorrt(lab: Lab, trt: Any, seconds: float) -> dict[str, Any]:
         return right
 
     with ExitStack() as stack:
-        log = make_log(trt)
+        log = api.Log(trt)
         tiny = TinyEngine(lab.cuda, trt, log, stack)
         ok = step("build", tiny.build) and step("run on a stream", tiny.run_on_stream)
         if ok and lab.cuda.why_no_graphs():
@@ -156,32 +136,17 @@ def try_tensorrt(lab: Lab, trt: Any, seconds: float) -> dict[str, Any]:
     }
 
 
-def make_log(trt: Any) -> Any:
-    """A TensorRT logger that keeps warnings and errors in `lines`."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.WARNING:
-                self.lines.append(f"{severity.name}: {message}")
-
-    return Log()
-
-
-def build_tiny(trt: Any, log: Any) -> bytes:
+def build_tiny(trt: Any, log: api.Log) -> bytes:
     """A strongly typed network that adds a constant and is otherwise the identity.
 
     Raises:
         EngineBuildError: TensorRT refused; its log is in the message.
     """
-    builder = trt.Builder(log)
-    if builder is None:
-        raise EngineBuildError(f"TensorRT made no builder: {'; '.join(log.lines)}")
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    builder = trt.Builder(log.native)
+    flags = 0
+    if api.has(trt, "strongly typed by a flag"):
+        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(flags)
     source = network.add_input("source", trt.float32, (1, _ELEMENTS))
     added = np.full((1, _ELEMENTS), _ADDED, np.float32)
     constant = network.add_constant((1, _ELEMENTS), trt.Weights(added)).get_output(0)
@@ -191,12 +156,9 @@ def build_tiny(trt: Any, log: Any) -> bytes:
     network.mark_output(target)
     config = builder.create_builder_config()
     # Streams of TensorRT's own would make the capture more than a row of kernels.
-    if hasattr(config, "max_aux_streams"):
-        config.max_aux_streams = 0
+    config.max_aux_streams = 0
     plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise EngineBuildError(f"TensorRT refused the network: {'; '.join(log.lines)}")
-    return bytes(plan)
+    return bytes(log.check(plan, "TensorRT refused the network", error=EngineBuildError))
 
 
 class TinyEngine:
@@ -209,7 +171,7 @@ class TinyEngine:
         stack: Takes what must be closed.
     """
 
-    def __init__(self, cuda: Cuda, trt: Any, log: Any, stack: ExitStack) -> None:
+    def __init__(self, cuda: Cuda, trt: Any, log: api.Log, stack: ExitStack) -> None:
         self._cuda, self._trt, self._log, self._stack = cuda, trt, log, stack
         keep = stack.enter_context
         self._stream: Stream = keep(cuda.stream())
@@ -222,26 +184,24 @@ class TinyEngine:
     def build(self) -> bool:
         """Build the engine and its context."""
         plan = build_tiny(self._trt, self._log)
-        self._runtime = self._trt.Runtime(self._log)
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
-        if self._engine is None:
-            raise EngineBuildError(f"the engine can't be loaded: {'; '.join(self._log.lines)}")
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise EngineBuildError(f"no execution context: {'; '.join(self._log.lines)}")
+        check = functools.partial(self._log.check, error=EngineBuildError)
+        self._runtime = self._trt.Runtime(self._log.native)
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        self._engine: Any = check(engine, "the engine can't be loaded")
+        context = self._engine.create_execution_context()
+        self._context: Any = check(context, "no execution context")
         # In this order they go before the memory that they use.
         self._stack.callback(self._release)
         for name, memory in (("source", self._source), ("target", self._target)):
-            if not self._context.set_tensor_address(name, memory.address):
-                raise EngineBuildError(f"TensorRT refused the address of {name!r}")
+            done = self._context.set_tensor_address(name, memory.address)
+            check(done, f"TensorRT refused the address of {name!r}")
         return True
 
     def _release(self) -> None:
         self._context = self._engine = self._runtime = None
 
     def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(self._stream.handle):
-            raise BackendError(f"TensorRT did not run: {'; '.join(self._log.lines[-3:])}")
+        self._log.check(self._context.execute_async_v3(self._stream.handle), "TensorRT did not run")
 
     def _bring(self, to: Stream | Body) -> None:
         to.copy(self._source.address, self._inbox.address, _NBYTES)

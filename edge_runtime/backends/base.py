@@ -63,6 +63,8 @@ class Backend(ABC):
     asynchronous: bool = False
     #: Whether a frame may be fed ahead, while another is in flight.
     ahead: bool = False
+    #: Largest number of images per call; None for any.
+    largest_batch: int | None = None
 
     @property
     def decides(self) -> bool:
@@ -137,8 +139,12 @@ class Backend(ABC):
         raise BackendError(f"the backend {self.name!r} does not decide by itself")
 
     @abstractmethod
-    def run(self, stage: str) -> None:
+    def run(self, stage: str) -> float | None:
         """Run one stage on the current tensors.
+
+        Returns:
+            Seconds that the stage took on the device, where the backend measures that, for every
+            stage; None where the host's clock is to tell, or nothing can (`asynchronous`).
 
         Raises:
             BackendError: The stage failed; `.stage` names it.

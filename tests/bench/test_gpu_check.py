@@ -35,6 +35,7 @@ from edge_runtime.backends.cuda.backend import CudaBackend
 from edge_runtime.backends.cuda.fake import FakeCuda, FakeKernel, FakeStream
 from edge_runtime.backends.cuda.fake_stages import FakeStages
 from edge_runtime.backends.cuda.stages import Work
+from edge_runtime.backends.tensorrt import api
 from edge_runtime.console import Console
 from edge_runtime.errors import BackendError, BackendUnavailable, ConfigError, CudaError
 from edge_runtime.files import read_json
@@ -1061,10 +1062,10 @@ class TestTensorRT:
 
     @pytest.mark.tensorrt
     def test_the_network_builds(self, tensorrt):
-        assert gpu_tensorrt.build_tiny(tensorrt, gpu_tensorrt.make_log(tensorrt))
+        assert gpu_tensorrt.build_tiny(tensorrt, api.Log(tensorrt))
 
     def test_without_tensorrt(self, monkeypatch):
-        monkeypatch.setattr(gpu_tensorrt, "_MODULES", ("no_such_tensorrt",))
+        monkeypatch.setattr(api, "OLDEST", {"no_such_tensorrt": (1, 0)})
         with pytest.raises(NotRun, match="neither"):
             gpu_tensorrt.check(lab_on())
 

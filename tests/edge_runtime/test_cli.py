@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,23 @@ def test_doctor_says_why_there_is_no_gpu(capsys, monkeypatch) -> None:
     code, out, _ = run(capsys, "doctor")
     assert "  failed: " in out
     assert "CUDA says: OUT_OF_MEMORY" in out
+
+
+@pytest.mark.parametrize("module", ["tensorrt", "tensorrt_rtx"])
+def test_doctor_shows_tensorrt_and_its_cache(capsys, monkeypatch, tmp_path, module) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    fake = types.SimpleNamespace(__name__=module, __version__="10.13.3")
+    monkeypatch.setitem(sys.modules, module, fake)
+    monkeypatch.setenv("EDGE_RUNTIME_CACHE", str(tmp_path))
+    _, out, _ = run(capsys, "doctor")
+    assert f"  {module}: 10.13.3\n  engines in: {tmp_path}\n" in out
+
+
+def test_doctor_says_why_there_is_no_tensorrt(capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    _, out, _ = run(capsys, "doctor")
+    assert "none: TensorRT can't be imported" in out
 
 
 def test_doctor_names_what_is_missing(capsys, monkeypatch) -> None:

@@ -71,3 +71,21 @@ def test_milliseconds(seconds, text) -> None:
 
 def test_percent() -> None:
     assert percent(0.9599) == "96.0 %"
+
+
+def test_a_status_is_shown_in_place_and_wiped_out(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    err = Terminal()
+    with Console(stderr=err).status("building") as show:
+        show("step 1 of a thousand steps")
+        show("step 2")
+    assert err.getvalue() == ("\r\x1b[Kbuilding: step 1 of\r\x1b[Kbuilding: step 2\r\x1b[K")
+
+
+def test_a_status_in_a_file_is_a_line_now_and_then(monkeypatch) -> None:
+    err, now = io.StringIO(), [0.0]
+    monkeypatch.setattr("edge_runtime.console.time.monotonic", lambda: now[0])
+    with Console(stderr=err).status("building") as show:
+        for now[0] in (1.0, 11.0, 12.0, 25.0):
+            show(f"{now[0]:.0f} s")
+    assert err.getvalue() == "building: 11 s\nbuilding: 25 s\n"

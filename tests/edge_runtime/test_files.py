@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 
 from edge_runtime import files
 from edge_runtime.errors import ConfigError, EdgeRuntimeError, ManifestError
-from edge_runtime.files import check_target, read_json, replacing_folder, sha256, write_json
+from edge_runtime.files import (
+    check_target,
+    read_json,
+    replacing_folder,
+    sha256,
+    write_bytes,
+    write_json,
+)
 from tests.edge_runtime.bundles import refused
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -205,6 +212,45 @@ class TestWriteJson:
         with pytest.raises(ValueError, match="JSON compliant"):
             write_json(tmp_path / "a.json", float("nan"))
         assert contents(tmp_path) == {}
+
+
+class TestWriteBytes:
+    @pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()], ids=["full", "ctrl-c"])
+    def test_at_every_line_the_old_file_or_the_new_one(self, tmp_path, error):
+        for line in itertools.count():
+            (tmp_path / "a").write_bytes(b"old")
+            came = interrupted_at(line, error, lambda: write_bytes(tmp_path / "a", b"\0new"))
+            assert contents(tmp_path) in ({"a": "old"}, {"a": "\0new"})
+            if not came:
+                assert line > 10
+                assert contents(tmp_path) == {"a": "\0new"}
+                return
+
+    def test_a_link_is_replaced_and_what_it_points_to_stays(self, tmp_path):
+        (tmp_path / "precious").write_text("mine")
+        (tmp_path / "link").symlink_to("precious")
+        write_bytes(tmp_path / "link", b"new")
+        assert contents(tmp_path) == {"precious": "mine", "link": "new"}
+
+    def test_the_caller_says_how_to_mend_it(self, tmp_path):
+        with refused(EdgeRuntimeError, f"{tmp_path}/no/a can't be written: No such", ". Mend it"):
+            write_bytes(tmp_path / "no" / "a", b"", remedy="Mend it")
+
+    def test_the_name_outlasts_a_power_cut(self, tmp_path, monkeypatch):
+        events = []
+        real_fsync, real_replace = os.fsync, Path.replace
+        monkeypatch.setattr(
+            os,
+            "fsync",
+            lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), real_fsync(fd)),
+        )
+        monkeypatch.setattr(
+            Path, "replace", lambda self, to: (events.append("rename"), real_replace(self, to))[1]
+        )
+        write_bytes(tmp_path / "a", b"new")
+        data, rename, folder = events
+        assert Path(data).name.startswith(".a.")
+        assert (rename, folder) == ("rename", str(tmp_path))
 
 
 class TestReplacingFolder:

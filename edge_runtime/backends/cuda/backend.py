@@ -52,6 +52,11 @@ _ENDED: dict[int, Ended | Literal["not finite"]] = {
     decide.NOT_FINITE: "not finite",
 }
 _LAST_SEQUENCE = 2**32 - 1
+#: Why stages can't be timed in a mode.
+_UNTIMED = {
+    "graph": "its stages can't be timed: the device runs a frame as a whole",
+    "run_all": "its stages can't be timed: all are on the stream before one is asked for",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +74,11 @@ class CudaOptions:
         device: Index of the GPU.
         timeout_s: How long the device may take for an answer, in the modes graph and polling,
             before it counts as hung.
+        time_stages: Whether every stage is run between two events of the device and waited for,
+            without a limit, so that traces have its duration. The wait is not in it, nor the copy
+            of the image to the device, which belongs to no stage; what the device idles while the
+            host still puts the stage on the stream is. Frames take longer as a whole. Only in the
+            modes polling and sync, of which "best" takes the better one, and without overlap.
     """
 
     mode: Mode = "best"
@@ -78,6 +88,7 @@ class CudaOptions:
     package: Package = "any"
     device: int = 0
     timeout_s: float = 10.0
+    time_stages: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no device could do."""
@@ -86,6 +97,16 @@ class CudaOptions:
         if self.mode not in ("best", *probe.MODES):
             raise ConfigError(
                 "mode", got=repr(self.mode), expected=f"best, {', '.join(probe.MODES)}"
+            )
+        if self.time_stages and self.mode in _UNTIMED:
+            raise ConfigError(
+                f"the mode {self.mode!r}: {_UNTIMED[self.mode]}",
+                remedy="Time them in the mode polling or sync: 'best' takes one of these",
+            )
+        if self.time_stages and self.overlap:
+            raise ConfigError(
+                "stages can't be timed with overlap: another frame's work runs beside them",
+                remedy="Set time_stages or overlap, not both",
             )
 
 
@@ -141,10 +162,11 @@ class CudaBackend(Backend):
         cuda: Cuda | None = None,
     ) -> None:
         self.name = stages.name
-        self.asynchronous = True
         self.options = options or CudaOptions()
+        self.asynchronous = not self.options.time_stages
         self.mode = self.options.mode
         self.ahead = self.options.overlap
+        self.largest_batch = self.options.batch
         #: Why better modes than the one that runs are not available, by their name.
         self.passed_over: dict[str, str] = {}
         #: How often the host has waited for the device.
@@ -173,7 +195,8 @@ class CudaBackend(Backend):
         self._threads.current = True
         self._choose_mode()
         self._ready = Prepared(cuda, self._stages, self.options.batch, keep)
-        self._ready.open(plan, axes, variants, mode=self.mode, ahead=self.ahead)
+        timed = self.options.time_stages
+        self._ready.open(plan, axes, variants, mode=self.mode, ahead=self.ahead, timed=timed)
         self._stack.callback(self._wait_for_all)
         if self.decides:
             self._ready.build_graphs(plan, nested=self.options.nested)
@@ -184,6 +207,8 @@ class CudaBackend(Backend):
 
     def _choose_mode(self) -> None:
         reasons = probe.why_not(self.cuda, self.options.batch)
+        if self.options.time_stages:
+            reasons |= _UNTIMED
         if self.options.mode == "best":
             self.mode = next(mode for mode, reason in reasons.items() if not reason)
             self.passed_over = {mode: why for mode, why in reasons.items() if why}
@@ -321,20 +346,43 @@ class CudaBackend(Backend):
             self._ready.main.wait(frame.slot.arrived)
         frame.joined = True
 
-    def run(self, stage: str) -> None:
-        """Put one stage on the stream; it is not waited for."""
+    def run(self, stage: str) -> float | None:
+        """Put one stage on the stream; it is not waited for, unless stages are timed.
+
+        Returns:
+            Seconds between its begin and its end on the device; None where stages are not timed.
+        """
         if not self._opened or stage not in self._ready.loaded:
             raise BackendError(f"stage {stage!r} was not opened", stage=stage)
         frame = self._current()
+        if self.options.time_stages:
+            return self._timed(stage, frame)
         if stage not in self._ready.work.ahead and self.mode != "run_all":
             self._enqueue(stage, frame)
+        return None
+
+    def _timed(self, stage: str, frame: _Frame) -> float:
+        """Run one stage between two events.
+
+        The image's copy stands before the first one, on the same stream.
+        """
+        stream, (begin, end) = self._ready.main, self._ready.moments
+        frame.busy = True
+        try:
+            stream.record(begin)
+            self._stages.enqueue(stage, frame.slot.number, stream)
+            stream.record(end)
+            self._wait(frame)
+            return self.cuda.seconds_between(begin, end)
+        except CudaError as error:
+            raise _in_stage(stage, error) from error
 
     def _enqueue(self, stage: str, frame: _Frame) -> None:
         frame.busy = True
         try:
             self._stages.enqueue(stage, frame.slot.number, self._ready.main)
         except CudaError as error:
-            raise CudaError(f"stage {stage!r}: {error}", stage=stage) from error
+            raise _in_stage(stage, error) from error
 
     def _run_all(self, frame: _Frame) -> None:
         ready, slot = self._ready, frame.slot
@@ -516,6 +564,11 @@ class CudaBackend(Backend):
     def precision(self, stage: str) -> str:
         """The variant that was loaded."""
         return self._stages.precision(stage)
+
+
+def _in_stage(stage: str, error: CudaError) -> CudaError:
+    """The same error, with the stage at which it came up."""
+    return CudaError(f"stage {stage!r}: {error}", stage=stage)
 
 
 def open_cuda(package: Package, device: int) -> Cuda:

@@ -3,7 +3,8 @@
 Work that is put on a stream does not run then. Whenever the host asks (waits, or looks whether a
 stream is done), one operation of a stream drawn by a seeded generator runs, so that a missing event
 or a buffer that is reused too early gives another result for some seed, as it would on a GPU for
-some timing. A graph runs node by node in between.
+some timing. A graph runs node by node in between. Its clock stands still but for the time that each
+kernel and each copy is said to take, so that events tell which of them stand between two others.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ Function = Callable[["FakeCuda", int, Sequence[Argument]], None]
 _Operation = Iterator[None]
 
 _ALIGNMENT = 256
-#: Every operation takes this long, in nanoseconds.
-_TICK_NS = 1000
+#: What a copy, a branch, a host function and an ordinary kernel take on the fake's clock.
+TICK_NS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,8 @@ class FakeCuda(Cuda):
         self.call("seconds_between")
         first: FakeEvent = _own(start, FakeEvent)
         second: FakeEvent = _own(end, FakeEvent)
+        if not (first.recorded and second.recorded):
+            raise base.native_error("measuring time", "INVALID_HANDLE", "an event has no record")
         if not (first.is_done() and second.is_done()):
             raise base.native_error("measuring time", "NOT_READY", "an event is not complete")
         return (second.done_ns - first.done_ns) * 1e-9
@@ -220,7 +223,6 @@ class FakeCuda(Cuda):
             if self._operations_left == 0:
                 raise self.lose("LAUNCH_FAILED", "a loss that a test asked for")
             self._operations_left -= 1
-        self.now_ns += _TICK_NS
         ready[int(self._random.integers(len(ready)))].step()
         return True
 
@@ -235,8 +237,9 @@ class FakeCuda(Cuda):
             raise base.native_error(what, "STREAM_CAPTURE_UNSUPPORTED", "a stream is capturing")
 
     def run_nodes(self, nodes: Sequence[_Node]) -> _Operation:
-        """Run the nodes of a graph or of one of its branches."""
+        """Run the nodes of a graph or of one of its branches; time passes in nothing else."""
         for node in nodes:
+            self.now_ns += node.ns
             if node.condition is None:
                 node.run()
                 yield
@@ -305,11 +308,18 @@ class FakeEvent(_Resource, base.Event):
 
 
 class FakeKernel(base.Kernel):
-    """A named function."""
+    """A named function.
 
-    def __init__(self, name: str, function: Function) -> None:
+    Args:
+        name: Its name.
+        function: What it does.
+        ns: How long it takes on the fake's clock.
+    """
+
+    def __init__(self, name: str, function: Function, ns: int = TICK_NS) -> None:
         self.name = name
         self.function = function
+        self.ns = ns
 
 
 class FakeStream(_Resource, base.Stream):
@@ -429,11 +439,17 @@ class _Node:
     """A node of a graph; a branch has a condition and nodes of its own."""
 
     def __init__(
-        self, kind: str, run: Callable[[], None] = lambda: None, condition: int | None = None
+        self,
+        kind: str,
+        run: Callable[[], None] = lambda: None,
+        *,
+        condition: int | None = None,
+        ns: int = TICK_NS,
     ) -> None:
         self.kind = kind
         self.run = run
         self.condition = condition
+        self.ns = ns
         self.body: list[_Node] = []
 
 
@@ -587,11 +603,11 @@ def _copy_node(cuda: FakeCuda, target: int, source: int, nbytes: int) -> _Node:
 def _kernel_node(
     cuda: FakeCuda, kernel: base.Kernel, grid: int, block: int, arguments: Sequence[Argument]
 ) -> _Node:
-    function = _own(kernel, FakeKernel).function
+    own: FakeKernel = _own(kernel, FakeKernel)
     if not (grid >= 1 and 1 <= block <= 1024):
         raise base.native_error(f"launching {kernel.name}", "INVALID_VALUE", f"{grid} x {block}")
     values = tuple(a.handle if isinstance(a, FakeCondition) else a for a in arguments)
-    return _Node("kernel", functools.partial(function, cuda, grid, values))
+    return _Node("kernel", functools.partial(own.function, cuda, grid, values), ns=own.ns)
 
 
 def _decide(dtype: str, cuda: FakeCuda, grid: int, arguments: Sequence[Argument]) -> None:

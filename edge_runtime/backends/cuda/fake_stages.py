@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from edge_runtime.backends.cuda.base import Argument, Stream
-from edge_runtime.backends.cuda.fake import FakeCuda, FakeKernel
+from edge_runtime.backends.cuda.fake import TICK_NS, FakeCuda, FakeKernel
 from edge_runtime.backends.cuda.stages import LaunchedStages
 from edge_runtime.backends.fake import StageFunction, derived
 from edge_runtime.errors import BackendError
@@ -19,6 +19,7 @@ class FakeStages(LaunchedStages):
 
     Args:
         functions: Stage name -> its function; other stages get one that is derived from their name.
+        seconds: Stage name -> how long its kernel takes on the fake device's clock.
         around: Called with a stage's name and the stream before its kernel is put there, to do what
             real stages might do and should not.
     """
@@ -29,10 +30,12 @@ class FakeStages(LaunchedStages):
         self,
         functions: Mapping[str, StageFunction] | None = None,
         *,
+        seconds: Mapping[str, float] | None = None,
         around: Callable[[str, Stream], None] = lambda stage, stream: None,
     ) -> None:
         super().__init__()
         self._functions = dict(functions or {})
+        self._ns = {stage: round(s * 1e9) for stage, s in (seconds or {}).items()}
         self._around = around
 
     def _load(self) -> None:
@@ -51,7 +54,7 @@ class FakeStages(LaunchedStages):
                 value = made[spec.name] if made else derived(stage, spec, inputs)
                 self._array(cuda, spec.name, slot)[...] = value
 
-        stream.launch(FakeKernel(stage, run), 1, 1, ())
+        stream.launch(FakeKernel(stage, run, self._ns.get(stage, TICK_NS)), 1, 1, ())
 
     def _array(self, cuda: FakeCuda, tensor: str, slot: int) -> NDArray[Any]:
         spec = self._specs[tensor]

@@ -6,7 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 
 from edge_runtime.backends.cuda import decide
-from edge_runtime.backends.cuda.base import Body, Condition, Cuda, ExecutableGraph, Stream
+from edge_runtime.backends.cuda.base import (
+    Body,
+    Condition,
+    Cuda,
+    Event,
+    ExecutableGraph,
+    Stream,
+)
 from edge_runtime.backends.cuda.graphs import FramePlan, ahead_graph, frame_graph
 from edge_runtime.backends.cuda.judge import Call, Judge
 from edge_runtime.backends.cuda.slots import Keep, Slot
@@ -37,6 +44,7 @@ class Prepared:
         calls: Per slot and exit, the decision of which the host waits for the verdict.
         work: What `stages` was opened with.
         run_ahead: Names of the stages that run as soon as an image has arrived, in order.
+        moments: Events for the begin and the end of a stage, where stages are timed.
     """
 
     main: Stream
@@ -44,6 +52,7 @@ class Prepared:
     judge: Judge
     work: Work
     run_ahead: Sequence[str]
+    moments: tuple[Event, Event]
 
     def __init__(self, cuda: Cuda, stages: DeviceStages, batch: int, keep: Keep) -> None:
         self._cuda = cuda
@@ -69,6 +78,7 @@ class Prepared:
         *,
         mode: str,
         ahead: bool,
+        timed: bool,
     ) -> None:
         """Allocate, compile and load.
 
@@ -78,12 +88,15 @@ class Prepared:
             variants: Stage name -> precision.
             mode: The execution mode.
             ahead: Whether a frame may be fed while another is in flight.
+            timed: Whether stages are timed.
         """
         cuda, keep = self._cuda, self._keep
         image = self._resolve(plan, axes)
         self.main = self.side = keep(cuda.stream())
         if ahead:
             self.side = keep(cuda.stream())
+        if timed:
+            self.moments = (keep(cuda.event()), keep(cuda.event()))
         exits = [self.specs[name] for name in self.exits]
         slots = range(2 if ahead else 1)
         self.slots += [Slot(i, cuda, image, self._batch, len(exits), keep) for i in slots]

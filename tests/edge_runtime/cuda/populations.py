@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from bench.gpu.kernel_stages import NAN, cascade, images
-from edge_runtime import Cascade, Scheduler
+from edge_runtime import Cascade, Prediction, Scheduler
 from edge_runtime.backends.cuda.backend import CudaBackend, CudaOptions
 from edge_runtime.backends.cuda.fake import FakeCuda
 from edge_runtime.backends.cuda.fake_stages import FakeStages
 from edge_runtime.backends.fake import FakeBackend
 from edge_runtime.operating_point import OperatingPoint
 
-__all__ = ["NAN", "cascade", "functions", "images", "on_device", "on_host"]
+__all__ = ["NAN", "cascade", "functions", "images", "on_device", "on_host", "said"]
 
 
 def functions(of: Cascade) -> dict[str, Any]:
@@ -35,6 +35,20 @@ def functions(of: Cascade) -> dict[str, Any]:
 
 def _logits(values: np.ndarray) -> np.ndarray:
     return np.where(values == values.dtype.type(NAN), np.nan, values)
+
+
+def said(prediction: Prediction) -> tuple[Any, ...]:
+    """All that must not depend on the mode."""
+    trace = prediction.trace
+    return (
+        prediction.label,
+        prediction.name,
+        prediction.exit,
+        prediction.confidence,
+        trace.ended,
+        [run[:4] for run in trace.exits],
+        [(run.stage, run.precision, run.batch) for run in trace.stages],
+    )
 
 
 def on_host(of: Cascade, point: OperatingPoint) -> Scheduler:

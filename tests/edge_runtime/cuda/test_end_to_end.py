@@ -41,6 +41,7 @@ WAYS = [
     )
     if mode == "graph" or not nested
 ]
+TIMED = [CudaOptions(mode=mode, time_stages=True) for mode in ("polling", "sync")]
 
 
 @pytest.fixture(scope="session")
@@ -87,12 +88,24 @@ def agree(got: list[Any], want: list[Any]) -> None:
         )
 
 
-@pytest.mark.parametrize("options", WAYS, ids=str)
+@pytest.mark.parametrize("options", [*WAYS, *TIMED], ids=str)
 def test_every_mode_answers_as_numpy_does(make: Callable[[], Cuda], options: CudaOptions) -> None:
     with opened(make(), options) as cascade:
         assert cascade.backend.mode == options.mode
         agree([said(cascade(frame)) for frame in FRAMES], reference())
         agree([said(p) for p in cascade.each(FRAMES)], reference())
+
+
+@pytest.mark.parametrize("options", TIMED, ids=str)
+def test_timed_stages_took_some_of_the_frame(
+    make: Callable[[], Cuda], options: CudaOptions
+) -> None:
+    with opened(make(), options) as cascade:
+        for frame in FRAMES:
+            prediction = cascade(frame)
+            runs = prediction.trace.stages
+            assert all(run.start_s > 0 and run.duration_s >= 0 for run in runs)
+            assert 0 < sum(run.duration_s for run in runs) < prediction.latency_s
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -89,6 +89,24 @@ def test_events_tell_time_once_they_are_reached(cuda: FakeCuda) -> None:
     assert cuda.seconds_between(start, end) > 0
 
 
+def test_events_tell_what_stands_between_them(cuda: FakeCuda) -> None:
+    stream, one, two = cuda.stream(), cuda.memory(8), cuda.memory(8)
+    slow = FakeKernel("slow", nothing, 7000)
+    before, start, end = (cuda.event() for _ in range(3))
+    stream.record(before)
+    stream.copy(two.address, one.address, 8)
+    stream.record(start)
+    stream.launch(slow, 1, 1, ())
+    stream.launch(NOTHING, 1, 1, ())
+    stream.record(end)
+    stream.launch(slow, 1, 1, ())
+    stream.synchronize()
+    assert cuda.seconds_between(start, end) == pytest.approx(8e-6)
+    assert cuda.seconds_between(before, end) == pytest.approx(9e-6)
+    with pytest.raises(CudaError, match="INVALID_HANDLE"):
+        cuda.seconds_between(start, cuda.event())
+
+
 class TestMemory:
     """Only live allocations may be touched."""
 

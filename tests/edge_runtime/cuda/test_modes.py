@@ -33,6 +33,7 @@ from tests.edge_runtime.cuda.populations import (
     images,
     on_device,
     on_host,
+    said,
 )
 
 CASCADE = cascade(classes=5)
@@ -47,7 +48,7 @@ WAYS: dict[str, dict[str, Any]] = {
     }
     for mode, overlap, nested in itertools.product(MODES, (False, True), (False, True))
     if mode == "graph" or not nested
-}
+} | {f"{mode}+timed": {"mode": mode, "time_stages": True} for mode in ("polling", "sync")}
 way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 mode_ = pytest.mark.parametrize("mode", MODES)
 
@@ -76,20 +77,6 @@ def _raise(error: BaseException) -> Callable[..., Any]:
         raise error
 
     return raising
-
-
-def said(prediction: Prediction) -> tuple[Any, ...]:
-    """All that must not depend on the mode."""
-    trace = prediction.trace
-    return (
-        prediction.label,
-        prediction.name,
-        prediction.exit,
-        prediction.confidence,
-        trace.ended,
-        [run[:4] for run in trace.exits],
-        [(run.stage, run.precision, run.batch) for run in trace.stages],
-    )
 
 
 @way

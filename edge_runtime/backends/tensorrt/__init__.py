@@ -1,0 +1,1 @@
+"""TensorRT engines as stages: the module and its versions (`api`), and what runs (`stages`)."""
