@@ -1,4 +1,4 @@
-"""Check edge-runtime on an NVIDIA GPU or a Jetson: results, waits, times, memory, in 8 minutes.
+"""Check edge-runtime on an NVIDIA GPU or a Jetson: results, waits, times, memory, in 9 minutes.
 
 Needs a driver and cuda-core or pycuda; what needs more (torch, TensorRT, the repository's tests) is
 left out where that is missing, and the table says why. Nothing on the machine is changed: clocks
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from bench.gpu import endurance, environment, results, tensorrt, timing, torch
+from bench.gpu import endurance, engines, environment, results, tensorrt, timing, torch
 from bench.gpu.lab import Lab, NotRun, SharedCuda
 from edge_runtime import options
 from edge_runtime.backends.cuda import probe
@@ -37,7 +37,7 @@ from edge_runtime.schema import nearest, plain
 SCHEMA_VERSION = 1
 
 #: Seconds for all checks together, and the part of it that --quick takes.
-_TOTAL_S, _QUICK = 450.0, 0.15
+_TOTAL_S, _QUICK = 500.0, 0.15
 
 #: What a check may raise without ending the others: errors of ours, and whatever torch, TensorRT
 #: and CUDA packages raise. Not KeyboardInterrupt, nor SystemExit.
@@ -69,7 +69,7 @@ CHECKS: dict[str, Check] = {
     "probe": Check(results.modes, 5),
     "waits": Check(results.waits, 5),
     "errors": Check(results.refusals, 5),
-    "identical": Check(results.identical, 70),
+    "identical": Check(results.identical, 50),
     "switch": Check(results.switch, 10),
     "second_thread": Check(results.second_thread, 10),
     "launch": Check(timing.launch, 10),
@@ -79,8 +79,9 @@ CHECKS: dict[str, Check] = {
     "overlap": Check(timing.overlap, 15),
     "endurance": Check(endurance.endurance, 45),
     "tensorrt": Check(tensorrt.check, 25),
-    "models": Check(torch.models, 80),
-    "contract": Check(endurance.contract, 60),
+    "engines": Check(engines.check, 100),
+    "models": Check(torch.models, 60),
+    "contract": Check(endurance.contract, 40),
 }
 
 

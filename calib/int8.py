@@ -6,6 +6,7 @@ histogram per tensor and forgotten. One pass serves every method.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from edge_runtime.files import read_json, write_json
 from engines.onnx_graph import with_outputs
 from engines.onnx_package import onnx
 from engines.parts import Arrays, Part, session
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 
@@ -106,9 +109,10 @@ def choose_images(
             may be among them.
 
     Raises:
-        CalibrationError: There are too few, they are noise, or some are used elsewhere.
+        CalibrationError: There are too few, too many can't be read, they are noise, or some are
+            used elsewhere.
     """
-    chosen = data.balanced(samples, seed)
+    chosen = readable(data.balanced(samples, seed))
     if len(chosen) < LEAST_SAMPLES:
         raise CalibrationError(
             "images for INT8 calibration",
@@ -156,35 +160,35 @@ def refuse_noise(images: NDArray[Any]) -> None:
         )
 
 
-def readable(data: ImageDataset, size: int) -> Iterable[NDArray[np.uint8]]:
-    """Batches of images; a few that can't be read are left out.
-
-    Args:
-        data: The images.
-        size: Images per batch.
+def readable(data: ImageDataset) -> ImageDataset:
+    """The images that can be read; a few others are put up with, and named in the log.
 
     Raises:
-        CalibrationError: More than a small share can't be read; the first are named.
+        CalibrationError: More than a small share can't be read; the first is named.
     """
+    fine: list[int] = []
     broken: list[str] = []
-    batch: list[NDArray[np.uint8]] = []
     for index in range(len(data)):
         try:
-            batch.append(data.image(index))
+            data.image(index)
         except ConfigError as error:
             broken.append(str(error))
             if len(broken) > max(1, _MOST_UNREADABLE * len(data)):
                 raise CalibrationError(
-                    f"{len(broken)} of {index + 1} calibration images can't be read, the first: "
-                    f"{broken[0]}",
+                    f"{len(broken)} of the first {index + 1} calibration images can't be used, "
+                    f"the first: {broken[0]}",
                     remedy="Mend or remove them",
                 ) from error
-            continue
-        if len(batch) == size:
-            yield np.stack(batch)
-            batch = []
-    if batch:
-        yield np.stack(batch)
+        else:
+            fine.append(index)
+    if broken:
+        logger.warning(
+            "%d of %d calibration images are left out, the first: %s",
+            len(broken),
+            len(data),
+            broken[0],
+        )
+    return data.subset(fine)
 
 
 def histograms(

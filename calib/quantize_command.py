@@ -24,7 +24,6 @@ from calib.int8 import (
     choose_images,
     histograms,
     ranges_of,
-    readable,
     refuse_noise,
 )
 from edge_runtime import options
@@ -105,7 +104,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     chain = parts.bundle_parts(bundle, args.stages, PRECISION)
     images = _images(args, bundle)
     samples = _Samples(
-        lambda: ({bundle.cascade.image.name: b} for b in readable(images, parts.BATCH_SIZE)),
+        lambda: ({bundle.cascade.image.name: b} for b, _ in images.batches(parts.BATCH_SIZE)),
         len(images),
         {"bundle": bundle.hash, "data": images.hash},
     )
@@ -181,7 +180,7 @@ class _Work:
 
 def _images(args: argparse.Namespace, bundle: Bundle) -> ImageDataset:
     """The calibration images, which nothing else was or will be chosen or measured on."""
-    data = options.open_data(args, bundle)
+    data = options.open_data(args, bundle, skip_unreadable=True)
     for name in bundle.operating_points():
         used = bundle.operating_point(name).chosen_on.get("data")
         if used == data.hash:

@@ -46,6 +46,7 @@ class ImageDataset:
         *,
         image_size: tuple[int, int] | None = None,
         channels: int = 3,
+        skip_unreadable: bool = False,
     ) -> ImageDataset:
         """Open labelled images.
 
@@ -58,6 +59,8 @@ class ImageDataset:
             image_size: (height, width) that images are scaled to cover and cropped to, around
                 their centre; that stands for the camera. None takes them as they are.
             channels: 3 for RGB, 1 for grey.
+            skip_unreadable: Whether files that can't be read are left to whoever reads the images,
+                instead of being refused now.
 
         Returns:
             All samples: of a folder by name, of an npz in its order.
@@ -74,7 +77,9 @@ class ImageDataset:
             raise ConfigError("image size", got=image_size, expected="(height, width) >= 1")
         source: FolderSource | ArraySource
         if path.is_dir():
-            source = FolderSource.open(path, tuple(classes), image_size, channels)
+            source = FolderSource.open(
+                path, tuple(classes), image_size, channels, skip_unreadable
+            )
         elif path.is_file():
             source = ArraySource.open(path, tuple(classes), image_size, channels)
         else:

@@ -93,6 +93,7 @@ class FolderSource:
         classes: tuple[str, ...],
         image_size: tuple[int, int] | None,
         channels: int,
+        skip_unreadable: bool = False,
     ) -> FolderSource:
         """Find the images below `path`; see `ImageDataset.open`."""
         import_pillow()
@@ -103,7 +104,7 @@ class FolderSource:
             files += found
             labels += [label] * len(found)
         names = [f"{file.parent.name}/{file.name}" for file in files]
-        size = image_size or _common_size(files)
+        size = image_size or _common_size(files, skip_unreadable)
         fit = image_size is not None
         return cls(files, names, np.array(labels, np.int64), size, channels, fit)
 
@@ -307,13 +308,24 @@ def _entries(folder: Path) -> list[Path]:
         raise _unreadable("the folder", folder, error) from error
 
 
-def _common_size(files: Sequence[Path]) -> tuple[int, int]:
+def _common_size(files: Sequence[Path], skip_unreadable: bool) -> tuple[int, int]:
     """(height, width) of all images, from the files' headers."""
-    first = _header_size(files[0])
-    for file in files[1:]:
-        size = _header_size(file)
+    first: tuple[int, int] | None = None
+    unreadable: ConfigError | None = None
+    for file in files:
+        try:
+            size = _header_size(file)
+        except ConfigError as error:
+            if not skip_unreadable:
+                raise
+            unreadable = unreadable or error
+            continue
+        first = first or size
         if size != first:
             raise _unequal(file, size, first)
+    if first is None:
+        assert unreadable is not None  # there is a file
+        raise unreadable
     return first
 
 

@@ -103,8 +103,15 @@ def add_operating_point(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_data(args: argparse.Namespace, bundle: Bundle) -> ImageDataset:
+def open_data(
+    args: argparse.Namespace, bundle: Bundle, *, skip_unreadable: bool = False
+) -> ImageDataset:
     """The images that `args` name, checked against the bundle's classes and image.
+
+    Args:
+        args: What `add_data` has added.
+        bundle: The bundle.
+        skip_unreadable: See `ImageDataset.open`.
 
     Raises:
         ConfigError: The data is empty, has other classes, or images of another size.
@@ -118,7 +125,11 @@ def open_data(args: argparse.Namespace, bundle: Bundle) -> ImageDataset:
         )
     size = parse_size(args.image_size) if args.image_size else None
     data = ImageDataset.open(
-        args.data, bundle.cascade.classes, image_size=size, channels=image.shape[3]
+        args.data,
+        bundle.cascade.classes,
+        image_size=size,
+        channels=image.shape[3],
+        skip_unreadable=skip_unreadable,
     )
     if args.part:
         data = data.part(*parse_part(args.part), seed=args.seed)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from calib.int8 import LEAST_SAMPLES, Ranges, choose_images, histograms, ranges_of, readable
+from calib.int8 import LEAST_SAMPLES, Ranges, choose_images, histograms, ranges_of
 from edge_runtime import Bundle, CalibrationError, ConfigError, ManifestError
 from edge_runtime.dataset import ImageDataset
 from engines.parts import Part, bundle_parts
@@ -80,15 +80,26 @@ class TestImages:
         with pytest.raises(CalibrationError, match="that are in the test data too: got 64"):
             choose_images(data, samples=64, seed=0, used=[("the test data", data)])
 
-    def test_a_few_unreadable_files_are_left_out(self, tmp_path: Path) -> None:
+    def test_a_few_unreadable_files_are_left_out_and_named(self, tmp_path: Path, caplog) -> None:
         data = self.folder(tmp_path, broken=1)
-        batches = list(readable(data, 16))
-        assert [len(batch) for batch in batches] == [16, 16, 16, 15]
+        chosen = choose_images(data, samples=64, seed=0)
+        assert len(chosen) == 63
+        assert "1 of 64 calibration images are left out, the first: the image" in caplog.text
 
     def test_many_unreadable_files_are_refused_and_named(self, tmp_path: Path) -> None:
         data = self.folder(tmp_path, broken=5)
-        with pytest.raises(CalibrationError, match=r"calibration images can't be read.*\.png"):
-            list(readable(data, 16))
+        with pytest.raises(CalibrationError, match=r"calibration images can't be used.*\.png"):
+            choose_images(data, samples=64, seed=0)
+
+    def test_a_header_that_can_not_be_read_is_no_reason_to_give_up(self, tmp_path: Path) -> None:
+        self.folder(tmp_path, broken=1)
+        classes = sorted(path.name for path in tmp_path.iterdir())
+        first = min(tmp_path.glob("*/*.png"))
+        first.write_bytes(b"no image")
+        data = ImageDataset.open(tmp_path, classes, channels=1, skip_unreadable=True)
+        assert len(data) == 64
+        with pytest.raises(ConfigError, match=f"{first} can't be read"):
+            ImageDataset.open(tmp_path, classes, channels=1)
 
     @staticmethod
     def folder(path: Path, *, broken: int) -> ImageDataset:
