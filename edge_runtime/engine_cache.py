@@ -11,7 +11,7 @@ import contextlib
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,28 @@ class EngineCache:
         except ManifestError:
             return None
         return entry if _is_whole(entry, key) else None
+
+    def newest(self, key: EngineKey) -> EngineKey:
+        """The key of the newest whole engine that differs from `key` in its options at most.
+
+        No plan is read: whole is what has a sidecar and a plan of its size.
+
+        Returns:
+            `key` itself where there is none.
+        """
+        try:
+            entries = self.entries(key.bundle)
+        except ManifestError:
+            return key  # To load it says why nothing can be read.
+        fitting = [
+            entry
+            for entry in entries
+            if entry.key is not None
+            and not entry.problem
+            and replace(entry.key, options=key.options).matches(key)
+        ]
+        newest = max(fitting, key=_stored, default=None)
+        return key if newest is None or newest.key is None else newest.key
 
     def load(self, key: EngineKey, bundle: str | os.PathLike[str]) -> tuple[bytes, Sidecar]:
         """Read the engine of exactly this key.
@@ -324,6 +346,16 @@ def _default_root() -> Path:
                 remedy=f"Set {VARIABLE} to a folder",
             ) from error
     return caches / "edge-runtime"
+
+
+def _stored(entry: CachedEngine) -> tuple[datetime, int]:
+    """When an engine was stored; of two in one second the file system knows the later one."""
+    created = datetime.fromisoformat(entry.created)
+    try:
+        changed = entry.files[0].lstat().st_mtime_ns
+    except OSError:
+        changed = 0
+    return created if created.tzinfo else created.replace(tzinfo=timezone.utc), changed
 
 
 def _is_whole(entry: CachedEngine, key: EngineKey) -> bool:

@@ -75,9 +75,11 @@ def new_backend(
         return OnnxRuntimeBackend(bundle, _of(OnnxRuntimeOptions, options, name))
     if name == "tensorrt":
         from edge_runtime.backends.cuda.backend import CudaBackend, CudaOptions
+        from edge_runtime.backends.tensorrt.api import import_tensorrt
         from edge_runtime.backends.tensorrt.stages import TensorRTStages
 
-        return CudaBackend(TensorRTStages(bundle), _of(CudaOptions, options, name))
+        stages = TensorRTStages(bundle, module=import_tensorrt())
+        return CudaBackend(stages, _of(CudaOptions, options, name))
     if name == "fake":
         from edge_runtime.backends.fake import FakeBackend
 

@@ -46,7 +46,8 @@ from tests.meta.repository import ROOT
 
 KERNELS = [*kernel_stages.STAGE_KERNELS, *kernel_stages.BRANCH_KERNELS]
 #: Checks that run on the fake device.
-ON_THE_FAKE = [n for n in gpu_check.CHECKS if n not in ("models", "contract", "tensorrt")]
+NEED_MORE = ("models", "contract", "tensorrt", "engines")
+ON_THE_FAKE = [n for n in gpu_check.CHECKS if n not in NEED_MORE]
 
 
 def fake(kernels: dict[str, Any] | None = None, **options: Any) -> FakeCuda:
@@ -669,9 +670,9 @@ class TestRun:
         assert 0 < found["frames"] < found["wanted"] == 100_000
         assert found["ok"]
 
-    def test_all_budgets_fit_into_eight_minutes(self):
-        assert sum(check.seconds for check in gpu_check.CHECKS.values()) <= 480
-        assert gpu_check._TOTAL_S <= 470
+    def test_all_budgets_fit_into_nine_minutes(self):
+        assert sum(check.seconds for check in gpu_check.CHECKS.values()) <= 520
+        assert gpu_check._TOTAL_S <= 510
 
     def test_the_default_file(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

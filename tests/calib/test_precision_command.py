@@ -114,7 +114,6 @@ def test_at_any_speed_a_slower_variant_is_chosen_and_said_to_be(slower: Path, ca
     assert found["variants"] == {"segment1": "int8"}
     point = Bundle.open(slower / "toy.bundle").operating_point("int8")
     assert "variants of any speed" in point.chosen_on["method"]
-    assert "INT8 does NOT pay here" in out
     assert "Chosen by accuracy alone, for another device" in out
 
 

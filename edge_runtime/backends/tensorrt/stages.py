@@ -8,17 +8,22 @@ the largest need; those that run ahead, beside the others, share another one.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
+import os
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edge_runtime.backends.cuda.base import Stream
-from edge_runtime.backends.cuda.stages import LaunchedStages
+from edge_runtime.backends.cuda.base import Cuda, Stream
+from edge_runtime.backends.cuda.stages import LaunchedStages, Work
 from edge_runtime.backends.tensorrt import api
 from edge_runtime.backends.tensorrt.keys import engine_key, precision_of, shape_of
 from edge_runtime.cascade import Stage
-from edge_runtime.engine_cache import EngineCache
-from edge_runtime.errors import BackendError
+from edge_runtime.engine_cache import EngineCache, EngineDevice
+from edge_runtime.errors import BackendError, CudaError, ManifestError
 from edge_runtime.manifest import Bundle
 from edge_runtime.tensors import TensorSpec
 
@@ -60,10 +65,15 @@ class Scratch:
 class TensorRTStages(LaunchedStages):
     """Runs the stages of a bundle as TensorRT engines.
 
+    Of engines that differ in the builder's options only, the newest is taken.
+
     Args:
         bundle: Where the stages come from.
         cache: Where the engines are; this user's where None.
         module: TensorRT; `api.import_tensorrt` where None.
+
+    Attributes:
+        scratch: What the engines use while they run.
     """
 
     name = "tensorrt"
@@ -80,34 +90,119 @@ class TensorRTStages(LaunchedStages):
         self._contexts: dict[tuple[str, int], Any] = {}
         self._engines: dict[str, Any] = {}
         self._runtime: Any = None
-        #: What the engines use while they run.
         self.scratch = Scratch(0, 0)
+
+    def open(self, cuda: Cuda, work: Work, stream: Stream) -> None:
+        """Load every engine, and run each once."""
+        try:
+            super().open(cuda, work, stream)
+        except BaseException:
+            # A context must not go before what it has put on a stream is done.
+            with contextlib.suppress(CudaError):
+                stream.synchronize()
+            raise
 
     def _load(self) -> None:
         trt = self._module or api.import_tensorrt()
         self._log = api.Log(trt)
         self._stack.callback(self._forget)
         device = api.engine_device(trt, self._cuda.facts)
-        self._runtime = self._log.check(trt.Runtime(self._log.native), "TensorRT made no runtime")
+        self._runtime = self._new_runtime(trt)
         for stage in self._work.stages:
             precision = precision_of(self._bundle, stage, self._work.variants)
-            key = engine_key(self._bundle, stage, precision, batch=self._work.batch, device=device)
-            plan, _ = self._cache.load(key, self._bundle.path)
-            engine = self._runtime.deserialize_cuda_engine(plan)
             self._precisions[stage.name] = precision
-            self._engines[stage.name] = self._check(engine, stage, "can't load its engine")
-            self._check_tensors(stage, engine)
-        self._make_contexts(trt)
+            self._load_engine(stage, self._plan(stage, precision, device))
+        needs = {name: int(engine.device_memory_size_v2) for name, engine in self._engines.items()}
+        addresses = self._allocate_scratch(needs)
+        # Pushed last, so that contexts go before the memory that they know.
+        self._stack.callback(self._contexts.clear)
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        for stage in self._work.stages:
+            for slot in self._work.slots_of(stage):
+                context = self._engines[stage.name].create_execution_context(strategy)
+                context = self._check(context, stage, "made no execution context")
+                self._contexts[stage.name, slot] = context
+                if needs[stage.name]:
+                    # It answers nothing; if it refuses, the first run does, and quotes why.
+                    context.set_device_memory(addresses[stage.name], needs[stage.name])
+                self._bind(stage, slot, context)
+        separate = sum(needs[name] for name, _ in self._contexts)
+        self.scratch = dataclasses.replace(self.scratch, separate=separate)
+        logger.info("%s", self.scratch)
 
     def _forget(self) -> None:
         """In this order TensorRT wants its objects to go."""
-        self._contexts = {}
-        self._engines = {}
+        self._contexts.clear()
+        self._engines.clear()
         self._runtime = None
 
-    def _check(self, value: Any, stage: Stage, what: str) -> Any:
-        remedy = f"Build it anew: edge-runtime build {self._bundle.path} --force"
-        return self._log.check(value, f"stage {stage.name!r}: TensorRT {what}", remedy=remedy)
+    def _new_runtime(self, trt: Any) -> Any:
+        try:
+            runtime = trt.Runtime(self._log.native)
+        except TypeError:  # What the bindings make of a constructor that fails.
+            runtime = None
+        return self._log.check(runtime, "TensorRT made no runtime")
+
+    def _plan(self, stage: Stage, precision: str, device: EngineDevice) -> bytes:
+        """The serialized engine of a stage.
+
+        Raises:
+            BackendError: There is none that fits, or it is broken.
+        """
+        wanted = engine_key(self._bundle, stage, precision, batch=self._work.batch, device=device)
+        try:
+            plan, _ = self._cache.load(self._cache.newest(wanted), self._bundle.path)
+        except BackendError as error:
+            raise BackendError(
+                error.what,
+                stage=stage.name,
+                got=error.got,
+                expected=error.expected,
+                remedy=f"Build it with: {self._build_command(stage)}",
+            ) from error
+        return plan
+
+    def _build_command(self, stage: Stage) -> str:
+        """What builds the engine of a stage as it is wanted here."""
+        words = ["edge-runtime", "build", os.fspath(self._bundle.path)]
+        precision = self._precisions[stage.name]
+        if stage.kind != "preprocess" and precision not in self._built_by_default(stage):
+            words += ["--precision", precision]
+        if self._work.batch != 1:
+            words += ["--batch", str(self._work.batch)]
+        if any(isinstance(axis, str) for axis in self._bundle.cascade.image.shape[1:]):
+            words += ["--image-size", "x".join(map(str, self._work.image.shape[1:3]))]
+        if self._cuda.facts.index:
+            words += ["--device", str(self._cuda.facts.index)]
+        return shlex.join(words)
+
+    def _built_by_default(self, stage: Stage) -> set[str]:
+        """The precisions at which `edge-runtime build` builds a stage: those of all points."""
+        try:
+            points = [self._bundle.operating_point(n) for n in self._bundle.operating_points()]
+        except ManifestError:
+            return set()
+        variants = [point.variants for point in points] or [{}]
+        return {precision_of(self._bundle, stage, some) for some in variants}
+
+    def _load_engine(self, stage: Stage, plan: bytes) -> None:
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        remedy = self._build_anew(stage)
+        engine = self._check(engine, stage, "can't load its engine", remedy=remedy)
+        self._engines[stage.name] = engine
+        self._check_tensors(stage, engine)
+
+    def _check(self, value: Any, stage: Stage, what: str, *, remedy: str | None = None) -> Any:
+        """Refuse None and False as what a native call answers."""
+        try:
+            text = f"stage {stage.name!r}: TensorRT {what}"
+            return self._log.check(value, text, remedy=remedy)
+        except BackendError as error:
+            error.stage = stage.name
+            raise
+
+    def _build_anew(self, stage: Stage) -> str:
+        return f"Build it anew: {self._build_command(stage)} --force"
 
     def _check_tensors(self, stage: Stage, engine: Any) -> None:
         """Refuse an engine whose tensors are not those of the manifest."""
@@ -125,51 +220,44 @@ class TensorRTStages(LaunchedStages):
                 stage=stage.name,
                 got=_listed(found),
                 expected=_listed(wanted),
-                remedy=f"Build it anew: edge-runtime build {self._bundle.path} --force",
+                remedy=self._build_anew(stage),
             )
 
-    def _make_contexts(self, trt: Any) -> None:
-        """A context for each stage and slot, all with the same scratch memory."""
-        needs = {name: int(engine.device_memory_size_v2) for name, engine in self._engines.items()}
-        shared: dict[bool, int] = {}
+    def _allocate_scratch(self, needs: Mapping[str, int]) -> dict[str, int]:
+        """Memory for the stages that run one after another, and for those that run ahead.
+
+        Args:
+            needs: Stage -> bytes.
+
+        Returns:
+            Stage -> address.
+        """
+        addresses: dict[str, int] = {}
         allocated = 0
         for ahead in (False, True):
-            group = [need for name, need in needs.items() if (name in self._work.ahead) == ahead]
-            nbytes = max(group, default=0)
+            group = [name for name in needs if (name in self._work.ahead) == ahead]
+            nbytes = max((needs[name] for name in group), default=0)
             if nbytes:
-                shared[ahead] = self._stack.enter_context(self._cuda.memory(nbytes)).address
+                memory = self._stack.enter_context(self._cuda.memory(nbytes))
+                addresses |= dict.fromkeys(group, memory.address)
                 allocated += nbytes
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        separate = 0
-        for stage in self._work.stages:
-            for slot in self._work.slots_of(stage):
-                engine = self._engines[stage.name]
-                context = self._check(
-                    engine.create_execution_context(strategy), stage, "made no execution context"
-                )
-                separate += needs[stage.name]
-                if needs[stage.name]:
-                    address = shared[stage.name in self._work.ahead]
-                    context.set_device_memory(address, needs[stage.name])
-                self._bind(stage, slot, context)
-                self._contexts[stage.name, slot] = context
-        self.scratch = Scratch(allocated, separate)
-        logger.info("%s", self.scratch)
+        self.scratch = Scratch(allocated, 0)
+        return addresses
 
     def _bind(self, stage: Stage, slot: int, context: Any) -> None:
         """Tell a context where its tensors are and how large."""
         batch = self._work.batch
+        engine = self._engines[stage.name]
         for spec in stage.inputs:
             shape = shape_of(spec, stage.name, batch)
-            if -1 in tuple(self._engines[stage.name].get_tensor_shape(spec.name)):
+            if -1 in tuple(engine.get_tensor_shape(spec.name)):
                 done = context.set_input_shape(spec.name, shape)
                 self._check(done, stage, f"refused the shape {shape} of {spec.name!r}")
-        missing = context.infer_shapes()
-        if missing:
-            raise BackendError(
-                f"stage {stage.name!r}: TensorRT does not know the shapes of {missing}",
-                stage=stage.name,
-            )
+        try:
+            unknown = ", ".join(context.infer_shapes())
+        except RuntimeError as error:
+            unknown = str(error)
+        self._check(not unknown, stage, f"does not know all shapes: {unknown}")
         for spec in (*stage.inputs, *stage.outputs):
             self._check_shape(stage, spec, tuple(context.get_tensor_shape(spec.name)))
             done = context.set_tensor_address(spec.name, self.address(spec.name, slot))
@@ -183,7 +271,7 @@ class TensorRTStages(LaunchedStages):
                 stage=stage.name,
                 got=got,
                 expected=expected,
-                remedy=f"Build it anew: edge-runtime build {self._bundle.path} --force",
+                remedy=self._build_anew(stage),
             )
 
     def enqueue(self, stage: str, slot: int, stream: Stream) -> None:
@@ -191,7 +279,7 @@ class TensorRTStages(LaunchedStages):
         key = (stage, slot)
         context = self._contexts[key] if key in self._contexts else self._contexts[stage, 0]
         if not context.execute_async_v3(stream.handle):
-            self._log.check(None, f"stage {stage!r}: TensorRT did not run")
+            self._check(None, self._stages[stage], "did not run")
 
     def precision(self, stage: str) -> str:
         """The variant whose engine was loaded."""
