@@ -1,8 +1,9 @@
 """The cascade against its base model, in one run.
 
 Three subjects classify every image in turn: the cascade at its operating point, the base model (the
-last exit alone) in stages, and the base model as one ONNX session. Their ratios hold while the
-machine's speed drifts; absolute times are for the machine that the result names.
+last exit alone) in stages, and, where stages run in ONNX Runtime, the base model as one session.
+Their ratios hold while the machine's speed drifts; absolute times are for the machine that the
+result names.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Measure the three subjects and print exits, times and the speed-up."""
+    """Measure the subjects and print exits, times and the speed-up."""
     bundle = Bundle.open(args.bundle)
     data = options.open_data(args, bundle)
     with ExitStack() as stack:
         cascade, base = options.open_with_base(args, bundle, data, stack)
         subjects: dict[str, Callable[[NDArray[Any]], object]] = {"cascade": cascade, "base": base}
-        missing = _add_one_session(subjects, bundle, base, options.onnxrt_options(args))
+        missing = _add_one_session(subjects, args, bundle, base)
         console.note(f"{len(data)} images, {len(subjects)} subjects in turn; warming up")
         passes = _passes(data.image(0), subjects, len(data), args.duration)
         series = classify_in_turn(data, subjects, console, passes=passes)
@@ -86,16 +87,18 @@ def one_session(
 
 def _add_one_session(
     subjects: dict[str, Callable[[NDArray[Any]], object]],
+    args: argparse.Namespace,
     bundle: Bundle,
     base: Scheduler,
-    options_: OnnxRuntimeOptions,
 ) -> str:
     """Add the base as one session; returns why that was not possible, or nothing."""
+    if args.backend != "onnxrt":
+        return f"a session runs in ONNX Runtime, and the cascade on the backend {args.backend}"
     try:
         model = one_piece(bundle, bundle.cascade.exits[-1].name, base.point.variants)
     except EngineBuildError as error:
         return str(error)
-    subjects["base as one session"] = one_session(model, base, options_)
+    subjects["base as one session"] = one_session(model, base, options.onnxrt_options(args))
     return ""
 
 

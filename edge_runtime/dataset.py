@@ -77,9 +77,7 @@ class ImageDataset:
             raise ConfigError("image size", got=image_size, expected="(height, width) >= 1")
         source: FolderSource | ArraySource
         if path.is_dir():
-            source = FolderSource.open(
-                path, tuple(classes), image_size, channels, skip_unreadable
-            )
+            source = FolderSource.open(path, tuple(classes), image_size, channels, skip_unreadable)
         elif path.is_file():
             source = ArraySource.open(path, tuple(classes), image_size, channels)
         else:

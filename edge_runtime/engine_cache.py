@@ -90,7 +90,8 @@ class EngineCache:
     def newest(self, key: EngineKey) -> EngineKey:
         """The key of the newest whole engine that differs from `key` in its options at most.
 
-        No plan is read: whole is what has a sidecar and a plan of its size.
+        Newest is what was stored, or preferred, last. No plan is read: whole is what has a sidecar
+        and a plan of its size.
 
         Returns:
             `key` itself where there is none.
@@ -106,8 +107,17 @@ class EngineCache:
             and not entry.problem
             and replace(entry.key, options=key.options).matches(key)
         ]
-        newest = max(fitting, key=_stored, default=None)
+        newest = max(fitting, key=_preferred, default=None)
         return key if newest is None or newest.key is None else newest.key
+
+    def prefer(self, entry: CachedEngine) -> None:
+        """Make an engine the newest, as if it had been stored now.
+
+        Raises:
+            EdgeRuntimeError: The cache can't be written.
+        """
+        with self._writing():
+            os.utime(entry.files[0])
 
     def load(self, key: EngineKey, bundle: str | os.PathLike[str]) -> tuple[bytes, Sidecar]:
         """Read the engine of exactly this key.
@@ -348,14 +358,12 @@ def _default_root() -> Path:
     return caches / "edge-runtime"
 
 
-def _stored(entry: CachedEngine) -> tuple[datetime, int]:
-    """When an engine was stored; of two in one second the file system knows the later one."""
-    created = datetime.fromisoformat(entry.created)
+def _preferred(entry: CachedEngine) -> int:
+    """When an engine was stored or preferred last, in ns: the time of its sidecar."""
     try:
-        changed = entry.files[0].lstat().st_mtime_ns
+        return entry.files[0].lstat().st_mtime_ns
     except OSError:
-        changed = 0
-    return created if created.tzinfo else created.replace(tzinfo=timezone.utc), changed
+        return 0
 
 
 def _is_whole(entry: CachedEngine, key: EngineKey) -> bool:

@@ -222,6 +222,8 @@ def _row(
         return _kept(found, key) if found is not None and whole else _Row(key, "to build")
     with cache.building(key, lambda: console.note(f"{title}: waiting for who builds it")) as found:
         if found is not None and not args.force:
+            # Asked for last, it is what runs, whatever was built with other options since.
+            cache.prefer(found)
             return _kept(found, key)
         model = bundle.stage_model(key.stage, key.precision)
         with console.status(f"building {title}") as report:

@@ -7,15 +7,16 @@ samples leave at the same exits with the same labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.backends.base import Backend
 from edge_runtime.backends.onnxrt import native_error, native_exceptions, new_session
-from edge_runtime.cascade import Stage
+from edge_runtime.cascade import Plan, Stage
 from edge_runtime.manifest import Bundle
 from edge_runtime.prediction import Prediction
 from edge_runtime.scheduler import Scheduler
@@ -47,6 +48,7 @@ class StageParity:
         worst: Largest relative error of a sample's tensor: max |a - b| / max |reference|.
         mean: Mean of these errors over samples and outputs.
         finite: Whether all values were finite.
+        count: Tensors that were compared; 0 where its inputs were never finite.
     """
 
     stage: str
@@ -55,7 +57,7 @@ class StageParity:
     worst: float = 0.0
     mean: float = 0.0
     finite: bool = True
-    _count: int = field(default=0, repr=False)
+    count: int = 0
 
     @property
     def ok(self) -> bool:
@@ -64,6 +66,7 @@ class StageParity:
 
     def add(self, have: NDArray[Any], want: NDArray[Any]) -> None:
         """Take in one sample's tensor, shape (1, ...)."""
+        self.count += 1
         a, b = have.astype(np.float64), want.astype(np.float64)
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             self.finite = False
@@ -71,8 +74,7 @@ class StageParity:
         size = np.abs(b).max(initial=0.0)
         error = float(np.abs(a - b).max(initial=0.0) / (size or 1.0))
         self.worst = max(self.worst, error)
-        self._count += 1
-        self.mean += (error - self.mean) / self._count
+        self.mean += (error - self.mean) / self.count
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,34 @@ class References:
 def stage_parity(
     bundle: Bundle, scheduler: Scheduler, images: Iterable[NDArray[Any]]
 ) -> dict[str, StageParity]:
-    """Compare every stage that a cascade has loaded.
+    """Compare every stage that a cascade has loaded; see `backend_parity`.
 
     Args:
         bundle: Where its stages come from.
         scheduler: Open, on a backend whose stages can be run one by one.
+        images: Each of shape (1, height, width, channels), uint8.
+    """
+    height, width = (int(axis) for axis in scheduler.image.shape[1:3])
+    axes = {"height": height, "width": width}
+    return backend_parity(bundle, scheduler.backend, scheduler.plan, axes, images)
+
+
+def backend_parity(
+    bundle: Bundle,
+    backend: Backend,
+    plan: Plan,
+    axes: Mapping[str, int],
+    images: Iterable[NDArray[Any]],
+) -> dict[str, StageParity]:
+    """Compare every stage that a backend has loaded.
+
+    No exit is judged, so a stage whose outputs are not finite is found, and not stopped at.
+
+    Args:
+        bundle: Where the stages come from.
+        backend: Open; its stages can be run one by one.
+        plan: What it was opened with.
+        axes: Lengths of the image's named axes.
         images: Each of shape (1, height, width, channels), uint8.
 
     Returns:
@@ -150,9 +175,7 @@ def stage_parity(
     Raises:
         BackendError: A stage failed on either side.
     """
-    backend, plan = scheduler.backend, scheduler.plan
-    height, width = (int(axis) for axis in scheduler.image.shape[1:3])
-    references = References(bundle, {"height": height, "width": width})
+    references = References(bundle, axes)
     found = {}
     for stage in plan.stages:
         precision = backend.precision(stage.name)
@@ -162,17 +185,22 @@ def stage_parity(
         backend.feed(image)
         for stage in plan.stages:
             backend.run(stage.name)
+            known |= {spec.name: backend.read(spec.name) for spec in stage.outputs}
             inputs = {spec.name: known[spec.name] for spec in stage.inputs}
+            if not all(np.isfinite(values).all() for values in inputs.values()):
+                continue  # That is the fault of a stage before.
             want = references.run(stage, found[stage.name].precision, inputs)
             for spec in stage.outputs:
-                known[spec.name] = backend.read(spec.name)
                 found[stage.name].add(known[spec.name], want[spec.name])
         backend.done()
     return found
 
 
 def answer_parity(
-    answers: list[Prediction], references: list[Prediction], labels: NDArray[np.int64]
+    answers: Sequence[Prediction],
+    references: Sequence[Prediction],
+    labels: NDArray[np.int64],
+    exits: Sequence[str],
 ) -> AnswerParity:
     """Compare what two cascades have answered on the same samples.
 
@@ -180,15 +208,15 @@ def answer_parity(
         answers: Of the backend.
         references: Of ONNX Runtime.
         labels: True classes, shape (samples,).
+        exits: Names of the exits at which samples may leave, in order.
     """
     pairs = list(zip(answers, references, strict=True))
-    exits = dict.fromkeys([answer.exit for pair in pairs for answer in pair])
     count = len(pairs)
 
-    def rate(predictions: list[Prediction], exit_: str) -> float:
+    def rate(predictions: Sequence[Prediction], exit_: str) -> float:
         return sum(one.exit == exit_ for one in predictions) / count
 
-    def accuracy(predictions: list[Prediction]) -> float:
+    def accuracy(predictions: Sequence[Prediction]) -> float:
         right = [one.label == label for one, label in zip(predictions, labels, strict=True)]
         return float(np.mean(right))
 

@@ -14,6 +14,7 @@ built.layers.casts              # layers that do nothing but convert
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -211,15 +212,15 @@ class _Build:
     def _run(self) -> BuiltEngine:
         begin = time.monotonic()
         trt, log = self._trt, self._log
-        builder = self._check(trt.Builder(log.native), "made no builder")
+        builder = self._call(lambda: trt.Builder(log.native), "made no builder")
         flags = 0
         if api.has(trt, "strongly typed by a flag"):
             flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        network = self._check(builder.create_network(flags), "made no network")
-        parser = self._check(trt.OnnxParser(network, log.native), "made no parser")
+        network = self._call(lambda: builder.create_network(flags), "made no network")
+        parser = self._call(lambda: trt.OnnxParser(network, log.native), "made no parser")
         if not parser.parse(self._model):
             raise self._refused(parser)
-        config = self._check(builder.create_builder_config(), "made no configuration")
+        config = self._call(builder.create_builder_config, "made no configuration")
         self._configure(config)
         self._fix_shapes(builder, network, config)
         monitor = self.progress.monitor(trt)
@@ -238,6 +239,10 @@ class _Build:
             time.monotonic() - begin,
             tuple(log.lines),
         )
+
+    def _call(self, call: Callable[[], Any], what: str) -> Any:
+        text = f"stage {self._stage!r}: TensorRT {what}"
+        return self._log.checked_call(call, text, error=EngineBuildError)
 
     def _check(self, value: Any, what: str, remedy: str | None = None) -> Any:
         text = f"stage {self._stage!r}: TensorRT {what}"
@@ -291,12 +296,11 @@ class _Build:
             )
         if not dynamic:
             return
-        profile = builder.create_optimization_profile()
+        what = f"refused the shapes {dict(self._shapes)}"
+        profile = self._call(builder.create_optimization_profile, "made no profile")
         for name in dynamic:
-            shape = self._shapes[name]
-            profile.set_shape(name, shape, shape, shape)
-        index = config.add_optimization_profile(profile)
-        self._check(index >= 0, f"refused the shapes {dict(self._shapes)}")
+            self._call(functools.partial(_pin, profile, name, self._shapes[name]), what)
+        self._check(config.add_optimization_profile(profile) >= 0, what)
 
     def _keep_times(self, config: Any, file: Path) -> None:
         """Write what was measured; a file that can't be written is no reason to fail."""
@@ -317,3 +321,9 @@ class _Build:
         return summarize(
             from_inspector(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
         )
+
+
+def _pin(profile: Any, name: str, shape: tuple[int, ...]) -> bool:
+    """Give an input one shape; what TensorRT does not like raises."""
+    profile.set_shape(name, shape, shape, shape)
+    return True

@@ -9,6 +9,7 @@ chosen anew on the engines of this device.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,13 +17,13 @@ from edge_runtime import device, options
 from edge_runtime.console import Console, percent
 from edge_runtime.dataset import ImageDataset
 from edge_runtime.errors import BackendError
-from edge_runtime.load import load
+from edge_runtime.load import DEFAULT_POINT, load, new_backend
 from edge_runtime.manifest import Bundle
 from edge_runtime.operating_point import OperatingPoint
 from edge_runtime.prediction import Prediction
-from edge_runtime.scheduler import Scheduler
+from edge_runtime.scheduler import Scheduler, image_axes
 from edge_runtime.schema import plain
-from engines.device_parity import AnswerParity, StageParity, answer_parity, stage_parity
+from engines.device_parity import AnswerParity, StageParity, answer_parity, backend_parity
 
 #: Images on which stages are compared; answers are compared on all.
 _STAGE_SAMPLES = 64
@@ -51,43 +52,72 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """
     bundle = Bundle.open(args.bundle)
     data = options.open_data(args, bundle)
-    with options.open_cascade(args, bundle, data, args.operating_point) as cascade:
-        point = cascade.point
-        answers = _answers(cascade, data, f"answers of {args.backend}", console)
-    everything = OperatingPoint.all_exits(bundle.cascade, variants=point.variants)
-    with options.open_cascade(args, bundle, data, everything, time_stages=True) as cascade:
-        some = data.balanced(min(args.samples, len(data)), args.seed)
-        images = (some.image(i)[None] for i in range(len(some)))
-        stages = stage_parity(
-            bundle, cascade, console.progress(images, "comparing stages", len(some))
-        )
-    height, width, _ = data.image(0).shape
-    with load(bundle, operating_point=point, image_size=(height, width)) as cascade:
-        references = _answers(cascade, data, "answers of ONNX Runtime", console)
-    parity = answer_parity(answers, references, data.labels)
-    _show(stages, parity, point, bundle, args.backend, console)
-    bad = [name for name, one in stages.items() if not one.ok]
+    point = bundle.operating_point(args.operating_point or DEFAULT_POINT)
+    stages = _stages(args, bundle, data, point.variants, console)
+    _show_stages(stages, args.backend, console)
     result = {
         "bundle": bundle.hash,
         "data": data.hash,
         "backend": args.backend,
         "operating_point": plain(point),
         "stages": {name: {**_plain(one), "ok": one.ok} for name, one in stages.items()},
-        "answers": {**plain(parity), "refit": parity.refit},
         "device": device.fingerprint(),
     }
+    bad = [name for name, one in stages.items() if not one.ok]
     if bad:
         console.finish(result)
         raise BackendError(
-            f"{', '.join(bad)}: outputs are further from ONNX Runtime's than the precision explains",
+            f"{', '.join(bad)}: outputs are further from ONNX Runtime's than their precision "
+            "explains",
             stage=bad[0],
-            remedy=f"Build the engines anew (edge-runtime build {bundle.path} --force); if it "
+            remedy=f"Build the engines anew: edge-runtime build {_path(bundle)} --force. If it "
             "stays, run these stages at another precision",
         )
-    return result
+    parity = _answers(args, bundle, data, point, console)
+    _show_answers(parity, point, bundle, args.backend, console)
+    return {**result, "answers": {**plain(parity), "refit": parity.refit}}
+
+
+def _stages(
+    args: argparse.Namespace,
+    bundle: Bundle,
+    data: ImageDataset,
+    variants: Mapping[str, str],
+    console: Console,
+) -> dict[str, StageParity]:
+    """Every stage of the bundle on its own, on some of the images."""
+    height, width, _ = data.image(0).shape
+    plan = bundle.cascade.plan(range(len(bundle.cascade.exits)))
+    axes = image_axes(plan, (height, width))
+    some = data.balanced(args.samples, args.seed)
+    images = (some.image(i)[None] for i in range(len(some)))
+    shown = console.progress(images, "comparing stages", len(some))
+    with new_backend(args.backend, bundle, options.backend_options(args)) as backend:
+        backend.open(plan, axes, variants)
+        scratch = getattr(getattr(backend, "stages", None), "scratch", None)
+        if scratch is not None:
+            console.line(f"{scratch}")
+        return backend_parity(bundle, backend, plan, axes, shown)
 
 
 def _answers(
+    args: argparse.Namespace,
+    bundle: Bundle,
+    data: ImageDataset,
+    point: OperatingPoint,
+    console: Console,
+) -> AnswerParity:
+    """From image to answer, on all images."""
+    with options.open_cascade(args, bundle, data, point) as cascade:
+        answers = _classify(cascade, data, f"answers of {args.backend}", console)
+        exits = cascade.exits
+    height, width, _ = data.image(0).shape
+    with load(bundle, operating_point=point, image_size=(height, width)) as reference:
+        references = _classify(reference, data, "answers of ONNX Runtime", console)
+    return answer_parity(answers, references, data.labels, exits)
+
+
+def _classify(
     cascade: Scheduler, data: ImageDataset, title: str, console: Console
 ) -> list[Prediction]:
     indices = console.progress(range(len(data)), title)
@@ -95,17 +125,15 @@ def _answers(
 
 
 def _plain(one: StageParity) -> dict[str, Any]:
-    return {name: getattr(one, name) for name in ("precision", "tolerance", "worst", "mean")}
+    names = ("precision", "tolerance", "worst", "mean", "finite", "count")
+    return {name: getattr(one, name) for name in names}
 
 
-def _show(
-    stages: Mapping[str, StageParity],
-    parity: AnswerParity,
-    point: OperatingPoint,
-    bundle: Bundle,
-    backend: str,
-    console: Console,
-) -> None:
+def _path(bundle: Bundle) -> str:
+    return shlex.quote(str(bundle.path))
+
+
+def _show_stages(stages: Mapping[str, StageParity], backend: str, console: Console) -> None:
     console.table(
         f"{backend} against ONNX Runtime, each stage on the same inputs",
         ("stage", "precision", "worst relative error", "mean", "allowed", "verdict"),
@@ -116,24 +144,34 @@ def _show(
                 f"{one.worst:.1e}" if one.finite else "not finite",
                 f"{one.mean:.1e}",
                 f"{one.tolerance:.0e}",
-                "ok" if one.ok else "TOO FAR",
+                _verdict(one),
             )
             for one in stages.values()
         ],
     )
+
+
+def _verdict(one: StageParity) -> str:
+    if not one.count:
+        return "not compared"
+    return "ok" if one.ok else "TOO FAR"
+
+
+def _show_answers(
+    parity: AnswerParity, point: OperatingPoint, bundle: Bundle, backend: str, console: Console
+) -> None:
     console.table(
         f"at operating point {point.name!r}, {parity.samples} images",
         ("exit", f"leaving on {backend}", "on ONNX Runtime"),
         [(name, percent(a), percent(b)) for name, (a, b) in parity.rates.items()],
     )
     console.line(f"same exit and label: {percent(parity.same)}")
-    console.line(
-        f"accuracy: {percent(parity.accuracy)}, on ONNX Runtime {percent(parity.reference_accuracy)}"
-    )
+    accuracies = percent(parity.accuracy), percent(parity.reference_accuracy)
+    console.line("accuracy: {}, on ONNX Runtime {}".format(*accuracies))
     if parity.refit:
         console.line(
             "Thresholds should be chosen anew on this device: "
-            f"edge-runtime thresholds {bundle.path} --backend {backend} --data DIR"
+            f"edge-runtime thresholds {_path(bundle)} --backend {backend} --data DIR"
         )
     else:
         console.line("The thresholds hold on this device.")

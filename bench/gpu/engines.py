@@ -309,7 +309,9 @@ class _Model:
             for mode in self._lab.modes(*_MODES):
                 scheduler = stack.enter_context(self._open(leaving, mode))
                 subjects[mode] = functools.partial(scheduler, image)
-                stages = scheduler.backend._stages  # type: ignore[attr-defined]
+                assert isinstance(scheduler.backend, CudaBackend)
+                stages = scheduler.backend.stages
+                assert isinstance(stages, TensorRTStages)
                 self._scratch = plain(stages.scratch)
             whole = functools.partial(self._whole, stack, variants)
             last = OperatingPoint("base", policy="never", variants=variants)

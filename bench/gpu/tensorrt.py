@@ -142,7 +142,9 @@ def build_tiny(trt: Any, log: api.Log) -> bytes:
     Raises:
         EngineBuildError: TensorRT refused; its log is in the message.
     """
-    builder = trt.Builder(log.native)
+    builder: Any = log.checked_call(
+        lambda: trt.Builder(log.native), "TensorRT made no builder", error=EngineBuildError
+    )
     flags = 0
     if api.has(trt, "strongly typed by a flag"):
         flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)

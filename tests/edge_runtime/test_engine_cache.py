@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -687,3 +688,43 @@ class TestProcesses:
             writer.communicate()
             assert writer.returncode == 0
         assert len(names(cache)) == 2
+
+
+class TestNewest:
+    """The builder's options need not be named again."""
+
+    OTHER = replace(KEY, options={"workspace_mb": 512})
+
+    def test_where_there_is_none_it_is_the_key_itself(self, cache):
+        assert cache.newest(KEY) is KEY
+        for field in ("stage", "precision", "model", "bundle"):
+            cache.store(replace(KEY, **{field: "d" * 64}), PLAN, {})
+        cache.store(replace(KEY, shapes={"features": (2, 197, 192)}), PLAN, {})
+        cache.store(replace(KEY, device=replace(ORIN, driver="36.5")), PLAN, {})
+        assert cache.newest(KEY) is KEY
+
+    @pytest.mark.parametrize(("older", "newer"), [(KEY, OTHER), (OTHER, KEY)])
+    def test_of_several_it_is_the_one_stored_or_preferred_last(self, cache, older, newer):
+        cache.store(older, PLAN, {})
+        time.sleep(0.01)  # A file system's clock goes in steps.
+        cache.store(newer, PLAN, {})
+        for asked in (older, newer, replace(KEY, options={})):
+            assert cache.newest(asked).matches(newer)
+        time.sleep(0.01)
+        found = cache.find(older)
+        assert found is not None
+        cache.prefer(found)
+        assert cache.newest(newer).matches(older)
+        assert cache.load(older, "b")[0] == PLAN
+
+    def test_one_that_is_broken_does_not_count(self, cache):
+        cache.store(KEY, PLAN, {})
+        truncate(cache, cache.store(self.OTHER, PLAN, {}))
+        assert cache.newest(self.OTHER).matches(KEY)
+
+    def test_a_cache_that_can_t_be_read_leaves_it_to_load(self, cache):
+        cache.root.parent.mkdir(exist_ok=True)
+        cache.root.write_text("no folder")
+        assert cache.newest(KEY) is KEY
+        with pytest.raises(BackendError, match="can't be read"):
+            cache.load(cache.newest(KEY), "b")

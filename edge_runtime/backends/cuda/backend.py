@@ -172,7 +172,7 @@ class CudaBackend(Backend):
         #: How often the host has waited for the device.
         self.waits = 0
         self._given = cuda
-        self._stages = stages
+        self.stages = stages
         self._stack = ExitStack()
         self._opened = self._hung = False
         self._flight: deque[_Frame] = deque()
@@ -194,7 +194,7 @@ class CudaBackend(Backend):
         self._threads = threading.local()
         self._threads.current = True
         self._choose_mode()
-        self._ready = Prepared(cuda, self._stages, self.options.batch, keep)
+        self._ready = Prepared(cuda, self.stages, self.options.batch, keep)
         timed = self.options.time_stages
         self._ready.open(plan, axes, variants, mode=self.mode, ahead=self.ahead, timed=timed)
         self._stack.callback(self._wait_for_all)
@@ -326,7 +326,7 @@ class CudaBackend(Backend):
         frame.brought = frame.busy = True
         slot.bring(ready.side)
         for stage in ready.run_ahead:
-            self._stages.enqueue(stage, slot.number, ready.side)
+            self.stages.enqueue(stage, slot.number, ready.side)
         if self.ahead:
             ready.side.record(slot.arrived)
 
@@ -370,7 +370,7 @@ class CudaBackend(Backend):
         frame.busy = True
         try:
             stream.record(begin)
-            self._stages.enqueue(stage, frame.slot.number, stream)
+            self.stages.enqueue(stage, frame.slot.number, stream)
             stream.record(end)
             self._wait(frame)
             return self.cuda.seconds_between(begin, end)
@@ -380,7 +380,7 @@ class CudaBackend(Backend):
     def _enqueue(self, stage: str, frame: _Frame) -> None:
         frame.busy = True
         try:
-            self._stages.enqueue(stage, frame.slot.number, self._ready.main)
+            self.stages.enqueue(stage, frame.slot.number, self._ready.main)
         except CudaError as error:
             raise _in_stage(stage, error) from error
 
@@ -554,7 +554,7 @@ class CudaBackend(Backend):
             self._staging = self._stack.enter_context(self.cuda.mapped_memory(largest))
         source = frame.slot.image
         if tensor != work.image.name:
-            source = self._stages.address(tensor, frame.slot.number)
+            source = self.stages.address(tensor, frame.slot.number)
         ready.main.copy(self._staging.address, source, nbytes)
         self._wait(frame)
         batch = (self.options.batch, *spec.sample_shape())
@@ -563,7 +563,7 @@ class CudaBackend(Backend):
 
     def precision(self, stage: str) -> str:
         """The variant that was loaded."""
-        return self._stages.precision(stage)
+        return self.stages.precision(stage)
 
 
 def _in_stage(stage: str, error: CudaError) -> CudaError:

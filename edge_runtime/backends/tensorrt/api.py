@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import platform
 import re
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -105,7 +106,9 @@ class Log:
     def __init__(self, trt: Any, watch: tuple[str, ...] = ()) -> None:
         self.lines: list[str] = []
         self.details: dict[str, str] = {}
-        lines, details = self.lines, self.details
+        # What was said since a call was checked last: it belongs to the next one.
+        self._recent: list[str] = []
+        lines, recent, details = self.lines, self._recent, self.details
 
         class Native(trt.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:
@@ -113,8 +116,9 @@ class Log:
 
             def log(self, severity: Any, message: str) -> None:
                 if severity <= trt.ILogger.WARNING:
-                    lines.append(f"{severity.name}: {message}")
-                    del lines[:-_KEPT_LINES]
+                    for some in (lines, recent):
+                        some.append(f"{severity.name}: {message}")
+                        del some[:-_KEPT_LINES]
                     return
                 for beginning in watch:
                     if message.startswith(beginning):
@@ -141,11 +145,32 @@ class Log:
         Raises:
             EdgeRuntimeError: Of the given kind, with what TensorRT said last.
         """
+        recent = list(self._recent)
+        self._recent.clear()
         if value is None or value is False:
-            said = [line for line in self.lines if not line.startswith("WARNING")] or self.lines
+            said = [line for line in recent if not line.startswith("WARNING")] or recent
             text = "; ".join(said[-3:]) or "nothing in its log"
             raise error(f"{what}. TensorRT says: {text}", remedy=remedy)
         return value
+
+    def checked_call(
+        self,
+        call: Callable[[], T | None],
+        what: str,
+        *,
+        error: type[EdgeRuntimeError] = BackendError,
+        remedy: str | None = None,
+    ) -> T:
+        """Make a native call and check what it answers; see `check`.
+
+        A constructor of TensorRT's that fails raises a TypeError, and some methods a RuntimeError:
+        those count as None.
+        """
+        try:
+            value = call()
+        except (TypeError, RuntimeError):
+            value = None
+        return self.check(value, what, error=error, remedy=remedy)
 
 
 def engine_device(trt: Any, facts: DeviceFacts | None) -> EngineDevice:

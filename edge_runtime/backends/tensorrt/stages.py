@@ -107,15 +107,15 @@ class TensorRTStages(LaunchedStages):
         self._log = api.Log(trt)
         self._stack.callback(self._forget)
         device = api.engine_device(trt, self._cuda.facts)
-        self._runtime = self._new_runtime(trt)
+        self._runtime = self._log.checked_call(
+            lambda: trt.Runtime(self._log.native), "TensorRT made no runtime"
+        )
         for stage in self._work.stages:
             precision = precision_of(self._bundle, stage, self._work.variants)
             self._precisions[stage.name] = precision
             self._load_engine(stage, self._plan(stage, precision, device))
         needs = {name: int(engine.device_memory_size_v2) for name, engine in self._engines.items()}
         addresses = self._allocate_scratch(needs)
-        # Pushed last, so that contexts go before the memory that they know.
-        self._stack.callback(self._contexts.clear)
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         for stage in self._work.stages:
             for slot in self._work.slots_of(stage):
@@ -135,13 +135,6 @@ class TensorRTStages(LaunchedStages):
         self._contexts.clear()
         self._engines.clear()
         self._runtime = None
-
-    def _new_runtime(self, trt: Any) -> Any:
-        try:
-            runtime = trt.Runtime(self._log.native)
-        except TypeError:  # What the bindings make of a constructor that fails.
-            runtime = None
-        return self._log.check(runtime, "TensorRT made no runtime")
 
     def _plan(self, stage: Stage, precision: str, device: EngineDevice) -> bytes:
         """The serialized engine of a stage.
@@ -187,15 +180,17 @@ class TensorRTStages(LaunchedStages):
 
     def _load_engine(self, stage: Stage, plan: bytes) -> None:
         engine = self._runtime.deserialize_cuda_engine(plan)
-        remedy = self._build_anew(stage)
-        engine = self._check(engine, stage, "can't load its engine", remedy=remedy)
+        engine = self._check(engine, stage, "can't load its engine", rebuild=True)
         self._engines[stage.name] = engine
         self._check_tensors(stage, engine)
 
-    def _check(self, value: Any, stage: Stage, what: str, *, remedy: str | None = None) -> Any:
+    def _check(self, value: Any, stage: Stage, what: str, *, rebuild: bool = False) -> Any:
         """Refuse None and False as what a native call answers."""
+        if value is not None and value is not False:
+            return value
         try:
             text = f"stage {stage.name!r}: TensorRT {what}"
+            remedy = self._build_anew(stage) if rebuild else None
             return self._log.check(value, text, remedy=remedy)
         except BackendError as error:
             error.stage = stage.name
@@ -252,7 +247,8 @@ class TensorRTStages(LaunchedStages):
             shape = shape_of(spec, stage.name, batch)
             if -1 in tuple(engine.get_tensor_shape(spec.name)):
                 done = context.set_input_shape(spec.name, shape)
-                self._check(done, stage, f"refused the shape {shape} of {spec.name!r}")
+                what = f"refused the shape {shape} of {spec.name!r}"
+                self._check(done, stage, what, rebuild=True)
         try:
             unknown = ", ".join(context.infer_shapes())
         except RuntimeError as error:
