@@ -197,7 +197,9 @@ class TestVerify:
         assert (answers["samples"], answers["same"], answers["refit"]) == (COUNT, 1.0, False)
         assert list(answers["rates"]) == ["saver", "middle", "final"]
         assert answers["rates"]["saver"] == [0.5, 0.5]
-        assert "The thresholds hold on this device." in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "The thresholds hold on this device." in out
+        assert "MiB of scratch memory for all engines instead of" in out
 
     def test_wrong_weights_fail_at_their_stage_alone(
         self, built: Robot, capsys: pytest.CaptureFixture[str]
