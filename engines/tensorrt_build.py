@@ -311,15 +311,24 @@ class _Build:
     def _layers(self, plan: bytes) -> LayerSummary | None:
         """From the builder's log, or from the engine itself where there is a device."""
         text = self._log.details.get(_LAYERS)
-        if text is not None:
-            return summarize(from_log(text))
-        log = api.Log(self._trt)
-        engine = self._trt.Runtime(log.native).deserialize_cuda_engine(plan)
+        try:
+            if text is not None:
+                return summarize(from_log(text))
+            return self._inspected(plan)
+        except EngineBuildError as error:
+            # A wording that nobody has seen yet is no reason to lose the engine.
+            self._log.lines.append(f"WARNING: {error}")
+            return None
+
+    def _inspected(self, plan: bytes) -> LayerSummary | None:
+        trt = self._trt
+        runtime = self._call(lambda: trt.Runtime(self._log.native), "made no runtime")
+        engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             return None
         inspector = engine.create_engine_inspector()
         return summarize(
-            from_inspector(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+            from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
         )
 
 
