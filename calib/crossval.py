@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import NDArray
 
 from calib.exit_table import CostModel, ExitTable
 from calib.sweep import measure
@@ -19,6 +20,9 @@ from edge_runtime.errors import CalibrationError, ConfigError
 
 #: A procedure: thresholds from a table, one per exit but the last, None where the exit is pruned.
 Procedure = Callable[[ExitTable], Sequence[float | None]]
+#: The tables of the rows to choose on and of the rows held out, whose signals may depend on the
+#: former: temperatures that are fitted to them.
+Split = Callable[[NDArray[np.intp], NDArray[np.intp]], tuple[ExitTable, ExitTable]]
 
 _LEVEL = 0.95
 
@@ -122,6 +126,7 @@ def cross_validate(
     repeats: int = 10,
     folds: int = 5,
     seed: int = 0,
+    split: Split | None = None,
 ) -> CrossValidation:
     """Choose thresholds on all folds but one, judge them on that one; every fold, several times.
 
@@ -132,6 +137,7 @@ def cross_validate(
         repeats: Number of random partitions, >= 1.
         folds: Number of folds, >= 2.
         seed: Seed of the partitions; the result depends on nothing else that is random.
+        split: Makes both tables of a partition; by default they are rows of `table`.
 
     Returns:
         Figures of held-out samples only.
@@ -160,8 +166,9 @@ def cross_validate(
     for _ in range(repeats):
         fold_of = generator.permutation(np.arange(table.samples) % folds)
         for fold in range(folds):
-            thresholds = choose(table.rows(np.flatnonzero(fold_of != fold)))
-            unseen = table.rows(np.flatnonzero(fold_of == fold))
+            rows = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
+            training, unseen = split(*rows) if split else map(table.rows, rows)
+            thresholds = choose(training)
             point = measure(unseen, costs, thresholds)
             cascade = unseen.correct[np.arange(unseen.samples), unseen.leave_at(thresholds)]
             base = unseen.correct[:, -1]

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.crossval import CrossValidation, cross_validate
+from calib.crossval import CrossValidation, Split, cross_validate
 from calib.exit_table import CostModel, ExitTable, Point
 from calib.sweep import Front, sweep
 from edge_runtime.errors import CalibrationError, ConfigError
@@ -137,24 +137,10 @@ class ByExit:
         """Exit name -> share of samples that leave there."""
         return dict(zip(self.exits, self.point.exit_rates, strict=True))
 
-
-@dataclass(frozen=True)
-class Choice(ByExit):
-    """A chosen point with all its figures, on the data that it was chosen on.
-
-    Attributes:
-        goal: What was asked for.
-        best_cascade: The best point with at least one early exit; `point` itself unless the base
-            alone was chosen, None where no cascade meets the goal.
-        exact: Whether all thresholds were searched (`sweep.Front.exact`).
-        cross_validation: The figures to trust; None where it was not asked for. Those are of the
-            procedure: it may choose a cascade in some folds though the choice is the base alone.
-    """
-
-    goal: Goal
-    best_cascade: Point | None
-    exact: bool
-    cross_validation: CrossValidation | None
+    @property
+    def base_alone(self) -> bool:
+        """Whether no early exit is active."""
+        return all(threshold is None for threshold in self.point.thresholds)
 
     @property
     def in_sample(self) -> dict[str, Any]:
@@ -165,13 +151,32 @@ class Choice(ByExit):
             "exit_rates": self.exit_rates,
             "mean_s": self.point.cost,
             "base_s": self.base.cost,
-            "exact": self.exact,
         }
 
+
+@dataclass(frozen=True)
+class Choice(ByExit):
+    """A chosen point with all its figures, on the data that it was chosen on.
+
+    Attributes:
+        goal: What was asked for.
+        best_cascade: The best point with at least one early exit; `point` itself unless the base
+            alone was chosen, None where no cascade meets the goal.
+        exact: Whether all thresholds were searched (`sweep.Front.exact`).
+        cross_validation: The figures to trust; None where it was not asked for. Where a cascade was
+            chosen, they are of the procedure that chooses the best cascade, also in folds that
+            would prefer the base alone.
+    """
+
+    goal: Goal
+    best_cascade: Point | None
+    exact: bool
+    cross_validation: CrossValidation | None
+
     @property
-    def base_alone(self) -> bool:
-        """Whether no early exit is active."""
-        return all(threshold is None for threshold in self.point.thresholds)
+    def in_sample(self) -> dict[str, Any]:
+        """The same, and whether the search was exact."""
+        return {**super().in_sample, "exact": self.exact}
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,7 @@ def choose(
     repeats: int = 10,
     folds: int = 5,
     seed: int = 0,
+    split: Split | None = None,
 ) -> Choice:
     """Choose thresholds for a goal, and cross-validate the choosing.
 
@@ -213,6 +219,7 @@ def choose(
         repeats: See `cross_validate`; 0 for none.
         folds: See `cross_validate`.
         seed: See `cross_validate`.
+        split: See `cross_validate`; needed where signals depend on what was fitted to `table`.
 
     Returns:
         The point with its figures.
@@ -229,7 +236,16 @@ def choose(
     point, best_cascade = _pick(front, goal)
 
     def procedure(part: ExitTable) -> tuple[float | None, ...]:
-        return _pick(sweep(part, costs), goal)[0].thresholds
+        best, cascade = _pick(sweep(part, costs), goal)
+        return (best if cascade is None else cascade).thresholds
+
+    def base_alone(_: ExitTable) -> tuple[float | None, ...]:
+        return front.base.thresholds
+
+    # Where a cascade barely pays, some folds prefer the base alone, whose drop is none: a mean over
+    # both would be the drop of neither. With 5,000 CIFAR-10 images and a drop of 0.5 points, the
+    # interval of the mean covered what was measured on 5,000 others in 64 % of 50 splits.
+    chosen = base_alone if point is front.base else procedure
 
     return Choice(
         goal=goal,
@@ -239,7 +255,7 @@ def choose(
         best_cascade=best_cascade,
         exact=front.exact,
         cross_validation=(
-            cross_validate(table, costs, procedure, repeats, folds, seed) if repeats else None
+            cross_validate(table, costs, chosen, repeats, folds, seed, split) if repeats else None
         ),
     )
 

@@ -3,38 +3,90 @@
 Every exit is run on every image, every stage is timed on this device, and thresholds are searched
 for each goal: no loss of accuracy ("zero_loss"), a bounded drop ("drop_0.5"), a time budget
 ("budget_2ms"). The first figures shown are cross-validated: what to expect on images that the
-thresholds were not chosen on.
+thresholds were not chosen on. With --guarantee there is also a point whose drop is bounded on all
+images that come from where these came, at a confidence that is stated ("guaranteed").
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from calib.exit_table import CostModel, ExitTable
-from calib.tables import collect, exit_table, stage_seconds
+from calib.guarantee import Certificate, Promise, certify, explain, learning_part
+from calib.plot_file import check_plot
+from calib.reliability_plot import plot
+from calib.tables import PredictionTable, collect, judge, stage_seconds
+from calib.temperature import (
+    Reliability,
+    fit_temperatures,
+    held_out_reliability,
+    reliability,
+)
 from calib.thresholds import AccuracyDrop, Choice, CostBudget, Goal, ZeroLoss, choose, pays
+from calib.thresholds_report import Chosen, show, show_guarantee, show_reliability
 from edge_runtime import device, options
-from edge_runtime.confidence import METRICS
-from edge_runtime.console import Console, milliseconds, percent
+from edge_runtime.confidence import METRICS, Metric
+from edge_runtime.console import Console
 from edge_runtime.errors import ConfigError
 from edge_runtime.manifest import Bundle
 from edge_runtime.operating_point import OperatingPoint
 from edge_runtime.schema import plain
 
 _DROPS = (0.5, 1.0)
+_EPSILON, _DELTA = 0.01, 0.05
+_METHOD = (
+    "Learn then Test: one threshold for all exits that take part, sinking while an exact paired "
+    "test excludes a larger drop"
+)
 
 
-@dataclass(frozen=True, slots=True)
-class _Chosen:
-    """An operating point, the choice behind it, and what to say of it."""
+@dataclass(frozen=True)
+class _Data:
+    """The logits, and how they become signals.
 
-    point: OperatingPoint
-    choice: Choice
-    text: str
+    Attributes:
+        table: Logits and labels.
+        metric: The signal.
+        scaled: Whether temperatures are fitted.
+    """
+
+    table: PredictionTable
+    metric: Metric
+    scaled: bool
+    _fitted: dict[bytes, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def everything(self) -> NDArray[np.intp]:
+        """All rows."""
+        return np.arange(len(self.table.labels))
+
+    def temperatures(self, rows: NDArray[np.intp]) -> dict[str, float]:
+        """Those fitted to some of the samples; none where none are asked for."""
+        if not self.scaled:
+            return {}
+        key = rows.tobytes()
+        if key not in self._fitted:
+            logits = {name: values[rows] for name, values in self.table.logits.items()}
+            self._fitted[key] = fit_temperatures(logits, self.table.labels[rows])
+        return self._fitted[key]
+
+    def signals(self, rows: NDArray[np.intp]) -> ExitTable:
+        """Signals of all samples, at the temperatures of some."""
+        return judge(self.table, self.metric, self.temperatures(rows)).exit_table
+
+    def split(
+        self, seen: NDArray[np.intp], unseen: NDArray[np.intp]
+    ) -> tuple[ExitTable, ExitTable]:
+        """For a cross-validation that includes the fitting of temperatures."""
+        table = self.signals(seen)
+        return table.rows(seen), table.rows(unseen)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -62,23 +114,60 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--folds", type=options.count, default=5, help="folds of the cross-validation"
     )
     parser.add_argument("--repeats", type=options.whole, default=10, help="times it is repeated")
+    parser.add_argument(
+        "--temperature",
+        action="store_true",
+        help="fit a temperature to every exit first, so that confidence means the same at all",
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="OUT.png", help="draw how far each exit's confidence is true"
+    )
+    group = parser.add_argument_group("guarantee")
+    group.add_argument(
+        "--guarantee",
+        action="store_true",
+        help="also a point whose drop of accuracy is bounded on new images like these",
+    )
+    group.add_argument(
+        "--epsilon",
+        type=float,
+        metavar="FRACTION",
+        help=f"the bound, 0.01 is one point (default {_EPSILON})",
+    )
+    group.add_argument(
+        "--delta",
+        type=float,
+        metavar="PROBABILITY",
+        help=f"of a calibration that breaks the promise (default {_DELTA})",
+    )
+    group.add_argument(
+        "--guarantee-name", metavar="NAME", help="name of the point (default guaranteed)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show the points, write nothing")
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Collect, measure, choose, show, write."""
+    """Collect, measure, choose, show, write.
+
+    Raises:
+        ConfigError: The options don't fit the bundle, or each other.
+        CalibrationError: There is too little data, or no choice meets a goal.
+        BackendUnavailable: A package is missing.
+    """
+    check_plot(args.plot)
+    promise = _promise(args)
+    goals = _goals(args)
     bundle = Bundle.open(args.bundle)
     if len(bundle.cascade.exits) < 2:
         raise ConfigError(f"the bundle {bundle.path} has one exit: there is nothing to choose")
-    goals = _goals(args)
-    data = options.open_data(args, bundle)
+    images = options.open_data(args, bundle)
     everything = OperatingPoint.all_exits(bundle.cascade)
-    with options.open_cascade(args, bundle, data, everything, time_stages=True) as scheduler:
-        table = collect(scheduler, data, console)
-        seconds, decide_s = stage_seconds(scheduler, data, console)
+    with options.open_cascade(args, bundle, images, everything, time_stages=True) as scheduler:
+        table = collect(scheduler, images, console)
+        seconds, decide_s = stage_seconds(scheduler, images, console)
     chosen_on = {
-        "data": data.hash,
-        "samples": len(data),
+        "data": images.hash,
+        "samples": len(images),
         "part": args.part,
         "seed": args.seed,
         "backend": args.backend,
@@ -86,19 +175,62 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "decide_seconds": decide_s,
         "device": device.fingerprint(),
     }
+    data = _Data(table, args.metric, args.temperature)
     costs = CostModel.from_stages(bundle.cascade, seconds, decide_s)
     found = [
-        _choose(name, goal, args, exit_table(table, args.metric), costs, bundle, chosen_on)
+        _choose(name, goal, args, data, costs, bundle, chosen_on)
         for name, goal in console.progress(list(goals.items()), "choosing and cross-validating")
     ]
-    _show(found, console)
-    files = [] if args.dry_run else [_write(bundle, one.point, console) for one in found]
+    points = [one.point for one in found]
+    texts = {one.point.name: one.text for one in found}
+    show(found, console)
+    certificate = None
+    if promise is not None:
+        point, certificate = _guarantee(promise, args, data, costs, bundle, chosen_on)
+        points.append(point)
+        texts[point.name] = explain(certificate, "images")
+        show_guarantee(point.name, certificate, found, texts[point.name], console)
+    calibration = _calibration(args, data)
+    show_reliability(calibration, data.temperatures(data.everything), args.temperature, console)
+    files = [] if args.dry_run else [bundle.write_operating_point(point) for point in points]
+    if args.plot is not None:
+        plot(args.plot, bundle.manifest.name, calibration)
+        files.append(args.plot)
+    for file in files:
+        console.note(f"wrote {file}")
     return {
         "bundle": bundle.hash,
-        "operating_points": [plain(one.point) for one in found],
-        "verdicts": {one.point.name: one.text for one in found},
+        "operating_points": [plain(point) for point in points],
+        "verdicts": texts,
+        "guarantee": None if certificate is None else certificate.record,
+        "reliability": {
+            name: {when: found.figures for when, found in states.items()}
+            for name, states in calibration.items()
+        },
         "files": [str(file) for file in files],
     }
+
+
+def _promise(args: argparse.Namespace) -> Promise | None:
+    """What is to be promised, None where nothing is."""
+    given = {"epsilon": args.epsilon, "delta": args.delta, "guarantee-name": args.guarantee_name}
+    if not args.guarantee:
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(f"--{name} says nothing without --guarantee")
+        return None
+    OperatingPoint(name=_name(args))  # refuses a name that is none, before anything long begins
+    if _name(args) in _goals(args):
+        raise ConfigError(f"--guarantee-name {_name(args)} is the name of another point")
+    return Promise(
+        epsilon=_EPSILON if args.epsilon is None else args.epsilon,
+        delta=_DELTA if args.delta is None else args.delta,
+    )
+
+
+def _name(args: argparse.Namespace) -> str:
+    """Name of the guaranteed point."""
+    return "guaranteed" if args.guarantee_name is None else args.guarantee_name
 
 
 def _goals(args: argparse.Namespace) -> dict[str, Goal]:
@@ -115,19 +247,27 @@ def _choose(
     name: str,
     goal: Goal,
     args: argparse.Namespace,
-    table: ExitTable,
+    data: _Data,
     costs: CostModel,
     bundle: Bundle,
     chosen_on: Mapping[str, Any],
-) -> _Chosen:
-    choice = choose(table, costs, goal, repeats=args.repeats, folds=args.folds, seed=args.seed)
+) -> Chosen:
+    choice = choose(
+        data.signals(data.everything),
+        costs,
+        goal,
+        repeats=args.repeats,
+        folds=args.folds,
+        seed=args.seed,
+        split=data.split if data.scaled else None,
+    )
     verdict = pays(choice)
-    point = OperatingPoint(
-        name=name,
-        policy="never" if choice.base_alone else "threshold",
-        metric=args.metric,
-        thresholds=choice.thresholds,
-        bundle=bundle.hash,
+    point = _point(
+        name,
+        choice,
+        data.temperatures(data.everything),
+        args,
+        bundle,
         chosen_on={"goal": str(goal), **chosen_on},
         expected={
             "cross_validation": plain(choice.cross_validation),
@@ -135,68 +275,69 @@ def _choose(
             "pays": verdict.pays,
         },
     )
-    return _Chosen(point, choice, verdict.text)
+    return Chosen(point, choice, verdict.text)
 
 
-def _show(found: list[_Chosen], console: Console) -> None:
-    rows = []
-    for one in found:
-        held_out = one.choice.cross_validation
-        base = one.choice.base
-        if held_out is not None:
-            low, high = held_out.interval
-            rows.append(
-                (
-                    one.point.name,
-                    f"{held_out.drop * 100:.2f} [{low * 100:.2f}, {high * 100:.2f}]",
-                    percent(held_out.below),
-                    milliseconds(held_out.cost),
-                    f"{base.cost / held_out.cost:.2f}",
-                    _rates(one.choice.exits, held_out.exit_rates),
-                )
-            )
-    if rows:
-        console.table(
-            "expected on new images (cross-validated)",
-            (
-                "point",
-                "accuracy drop, points [95 %]",
-                "folds below base",
-                "mean ms",
-                "faster",
-                "leaving at",
-            ),
-            rows,
-        )
-    console.table(
-        f"on the {sum(found[0].choice.base.counts)} images they were chosen on; "
-        f"base alone: {percent(found[0].choice.base.accuracy)}, "
-        f"{milliseconds(found[0].choice.base.cost)} ms",
-        ("point", "accuracy", "mean ms", "faster", "leaving at", "thresholds"),
-        [
-            (
-                one.point.name,
-                percent(one.choice.point.accuracy),
-                milliseconds(one.choice.point.cost),
-                f"{one.choice.base.cost / one.choice.point.cost:.2f}",
-                _rates(one.choice.exits, one.choice.point.exit_rates),
-                ", ".join(
-                    f"{name} {'never' if value is None else f'{value:.4g}'}"
-                    for name, value in one.choice.thresholds.items()
-                ),
-            )
-            for one in found
-        ],
+def _guarantee(
+    promise: Promise,
+    args: argparse.Namespace,
+    data: _Data,
+    costs: CostModel,
+    bundle: Bundle,
+    chosen_on: Mapping[str, Any],
+) -> tuple[OperatingPoint, Certificate]:
+    """The point that a promise holds for; temperatures see none of the images that are tested."""
+    rows = data.everything
+    learn = learning_part(len(rows), args.seed) if data.scaled else None
+    fitted_on = rows if learn is None else learn
+    certificate = certify(data.signals(fitted_on), costs, promise, learn=learn, seed=args.seed)
+    point = _point(
+        _name(args),
+        certificate,
+        data.temperatures(fitted_on),
+        args,
+        bundle,
+        chosen_on={"goal": str(promise), "method": _METHOD, **chosen_on},
+        expected={
+            "guarantee": certificate.record,
+            "in_sample": certificate.in_sample,
+            "pays": certificate.point.cost < certificate.base.cost,
+        },
     )
-    for one in found:
-        console.line(f"{one.point.name}: {one.text}")
+    return point, certificate
 
 
-def _rates(exits: tuple[str, ...], rates: tuple[float, ...]) -> str:
-    return ", ".join(f"{name} {rate:.0%}" for name, rate in zip(exits, rates, strict=True))
+def _point(
+    name: str,
+    figures: Choice | Certificate,
+    temperatures: Mapping[str, float],
+    args: argparse.Namespace,
+    bundle: Bundle,
+    chosen_on: Mapping[str, Any],
+    expected: Mapping[str, Any],
+) -> OperatingPoint:
+    """The operating point that a choice becomes."""
+    return OperatingPoint(
+        name=name,
+        policy="never" if figures.base_alone else "threshold",
+        metric=args.metric,
+        thresholds=figures.thresholds,
+        temperatures=temperatures,
+        bundle=bundle.hash,
+        chosen_on=chosen_on,
+        expected=expected,
+    )
 
 
-def _write(bundle: Bundle, point: OperatingPoint, console: Console) -> Path:
-    path = bundle.write_operating_point(point)
-    console.note(f"wrote {path}")
-    return path
+def _calibration(args: argparse.Namespace, data: _Data) -> dict[str, dict[str, Reliability]]:
+    """Exit -> "before" and, with --temperature, "after" -> its reliability, where asked for."""
+    if not args.temperature and args.plot is None:
+        return {}
+    labels, found = data.table.labels, {}
+    for name, logits in data.table.logits.items():
+        found[name] = {"before": reliability(logits, labels)}
+        if args.temperature:
+            found[name]["after"] = held_out_reliability(
+                logits, labels, folds=args.folds, seed=args.seed
+            )
+    return found

@@ -67,8 +67,8 @@ def ruined(model: bytes) -> bytes:
     return with_constant(model, "weights", np.roll(weights, 1, axis=1))
 
 
-def slow(model: bytes) -> bytes:
-    """A toy model with the same outputs that takes many times as long."""
+def slow(model: bytes, products: int = 6) -> bytes:
+    """A toy model with the same outputs that takes longer, by some products of 3 us each."""
     loaded = onnx.load_from_string(model)
     graph = loaded.graph
     source, target = graph.input[0].name, graph.output[0].name
@@ -82,9 +82,9 @@ def slow(model: bytes) -> bytes:
     ):
         graph.initializer.append(numpy_helper.from_array(value, name))
     graph.node.append(helper.make_node("MatMul", [source, "widen"], ["wide0"]))
-    for i in range(6):
+    for i in range(products):
         graph.node.append(helper.make_node("MatMul", [f"wide{i}", "same"], [f"wide{i + 1}"]))
-    graph.node.append(helper.make_node("ReduceMean", ["wide6", "last_axis"], ["mean"]))
+    graph.node.append(helper.make_node("ReduceMean", [f"wide{products}", "last_axis"], ["mean"]))
     graph.node.append(helper.make_node("Mul", ["mean", "zero"], ["nothing"]))
     graph.node.append(helper.make_node("Add", ["light", "nothing"], [target]))
     return loaded.SerializeToString()

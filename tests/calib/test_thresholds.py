@@ -193,6 +193,22 @@ def test_cross_validation_is_of_the_same_goal() -> None:
     assert loose.base.accuracy - loose.point.accuracy <= 0.05
 
 
+def test_cross_validation_is_of_what_was_chosen() -> None:
+    """Not of a mixture of cascades and the base, where some folds prefer the one or the other."""
+    data, goal = population(400, (1.0, 1.6), seed=5), AccuracyDrop(0.02)
+    leave = choose(data, model_costs(2), goal, repeats=0).exit_rates["model0"]
+    for gain in (0.005, -0.005):
+        costs = CostModel.from_models({"small": leave - gain, "large": 1.0})
+        choice = choose(data, costs, goal)
+        held_out = choice.cross_validation
+        assert choice.base_alone == (gain < 0)
+        assert held_out.base_alone == (gain < 0)
+        if choice.base_alone:
+            assert (held_out.drop, held_out.worse, held_out.cost) == (0, 0, pytest.approx(1))
+        else:
+            assert held_out.drop > 0.005
+
+
 def test_too_little_data_to_cross_validate() -> None:
     with pytest.raises(CalibrationError, match="samples for a cross-validation in 5 folds: got 4"):
         choose(FOUR, COSTS, ZeroLoss())

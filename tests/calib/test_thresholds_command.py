@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import edge_runtime as er
+from calib.guarantee import learning_part
 from edge_runtime import Bundle, OperatingPoint, cli
 from tests.toys import toy_bundle, toy_images
 
@@ -24,6 +25,20 @@ def toy(tmp_path: Path) -> Path:
     labels[::10] = (labels[::10] + 1) % 4
     np.savez(tmp_path / "data.npz", images=images, labels=labels)
     return tmp_path
+
+
+@pytest.fixture
+def easy(toy: Path) -> Path:
+    """The same, with labels by the first exit for all but the 30 images it is least sure of."""
+    data = np.load(toy / "data.npz")
+    images, labels = data["images"], data["labels"]
+    point = OperatingPoint("all", thresholds={"saver": 0.0})
+    with er.load(toy / "toy.bundle", operating_point=point, image_size=(5, 7)) as cascade:
+        predictions = cascade(images)
+    sure = np.argsort([p.confidence for p in predictions])[30:]
+    labels[sure] = np.array([p.label for p in predictions])[sure]
+    np.savez(toy / "data.npz", images=images, labels=labels)
+    return toy
 
 
 def thresholds(toy: Path, *more: str) -> dict:
@@ -84,3 +99,85 @@ def test_a_budget_that_nothing_meets(toy: Path, capsys) -> None:
     assert code == 1
     assert "cheapest choice costs" in err
     assert Bundle.open(toy / "toy.bundle").operating_points() == {}
+
+
+def test_a_guarantee_becomes_a_point_that_runs(easy: Path, capsys) -> None:
+    found = thresholds(easy, "--guarantee", "--epsilon", "0.02", "--delta", "0.1")
+    out = capsys.readouterr().out
+    bundle = Bundle.open(easy / "toy.bundle")
+    point = bundle.operating_point("guaranteed")
+    promise = point.expected["guarantee"]
+    assert found["guarantee"] == promise
+    assert (promise["epsilon"], promise["delta"], promise["certified"]) == (0.02, 0.1, True)
+    assert point.chosen_on["goal"] == "a drop of at most 2 points with 90 % confidence"
+    assert "With 90 % confidence the cascade is at most 2 points less accurate" in out
+    assert "zero_loss, which promises nothing, takes" in out
+    data = np.load(easy / "data.npz")
+    with er.load(bundle, operating_point=point, image_size=(5, 7)) as cascade:
+        predictions = cascade(data["images"])
+    right = np.array([p.label for p in predictions]) == data["labels"]
+    in_sample = point.expected["in_sample"]
+    assert right.mean() == pytest.approx(in_sample["accuracy"])
+    assert in_sample["exit_rates"]["saver"] > 0.5
+    # Whether some are kept to learn from depends on what the exits cost here.
+    kept = learning_part(300, seed=0) if promise["learnt"] else []
+    tested = np.setdiff1d(np.arange(300), kept)
+    assert (promise["tested"], promise["learnt"]) == (len(tested), len(kept))
+    base_alone = OperatingPoint("base", policy="never")
+    with er.load(bundle, operating_point=base_alone, image_size=(5, 7)) as cascade:
+        base = np.array([p.label for p in cascade(data["images"])]) == data["labels"]
+    assert promise["lost"] == np.count_nonzero(base[tested] & ~right[tested])
+    assert promise["won"] == np.count_nonzero(right[tested] & ~base[tested]) > 0
+
+
+def test_where_nothing_can_be_promised_the_point_is_the_base(toy: Path, capsys) -> None:
+    found = thresholds(toy, "--guarantee", "--part", "1/3", "--guarantee-name", "safe")
+    point = Bundle.open(toy / "toy.bundle").operating_point("safe")
+    assert (point.policy, point.expected["pays"]) == ("never", False)
+    assert not found["guarantee"]["certified"]
+    assert found["verdicts"]["safe"].startswith("Nothing can be promised here: 100 images do not")
+    assert "It takes at least 299, even if none is lost." in capsys.readouterr().out
+
+
+def test_temperatures_are_fitted_chosen_with_and_shown(toy: Path, capsys) -> None:
+    found = thresholds(
+        toy, "--temperature", "--plot", str(toy / "out.png"), "--guarantee", "--epsilon", "0.2"
+    )
+    bundle = Bundle.open(toy / "toy.bundle")
+    free, guaranteed = (bundle.operating_point(name) for name in ("zero_loss", "guaranteed"))
+    assert free.temperatures["final"] > 1.1  # one label in ten is wrong, and it knows nothing of it
+    # Those of the promise have not seen the images that it was tested on.
+    assert found["guarantee"]["learnt"] == 60
+    assert guaranteed.temperatures != free.temperatures
+    states = found["reliability"]["final"]
+    assert states["after"]["nll"] < states["before"]["nll"]
+    assert "confidence of each exit" in capsys.readouterr().out
+    assert (toy / "out.png").read_bytes().startswith(b"\x89PNG")
+    data = np.load(toy / "data.npz")
+    with er.load(bundle, operating_point=free, image_size=(5, 7)) as cascade:
+        predictions = cascade(data["images"])
+    for name, rate in free.expected["in_sample"]["exit_rates"].items():
+        assert np.mean([p.exit == name for p in predictions]) == pytest.approx(rate)
+
+
+def test_without_cross_validation_it_says_so(toy: Path, capsys) -> None:
+    thresholds(toy, "--repeats", "0", "--dry-run")
+    assert "Not cross-validated" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epsilon", "0.01"], "--epsilon says nothing without --guarantee"),
+        (["--guarantee-name", "x"], "--guarantee-name says nothing without --guarantee"),
+        (["--guarantee", "--epsilon", "1"], "epsilon of a guarantee: got 1.0"),
+        (["--guarantee", "--delta", "0"], "delta of a guarantee: got 0.0"),
+        (["--guarantee", "--guarantee-name", "a/b"], "name of an operating point: got 'a/b'"),
+        (["--guarantee", "--guarantee-name", "zero_loss"], "is the name of another point"),
+        (["--plot", "out.gif"], "--plot out.gif: expected a file .pdf, .png, .svg"),
+    ],
+)
+def test_options_that_do_not_fit(options: list[str], message: str, capsys) -> None:
+    """They are refused before the bundle is looked for."""
+    assert cli.main(["thresholds", "none.bundle", "--data", "none", *options]) == 2
+    assert message in capsys.readouterr().err

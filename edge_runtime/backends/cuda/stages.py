@@ -6,6 +6,7 @@ asked of the same object. Boundary tensors belong to it and keep their addresses
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ import numpy as np
 
 from edge_runtime.backends.cuda.base import Cuda, Memory, Stream
 from edge_runtime.cascade import Stage
+from edge_runtime.errors import CudaError
 from edge_runtime.tensors import TensorSpec
 
 
@@ -118,11 +120,17 @@ class LaunchedStages(DeviceStages):
                 for slot in range(len(work.images) if spec.name in work.slotted else 1):
                     memory = self._stack.enter_context(cuda.memory(work.nbytes(spec)))
                     self._memory[spec.name, slot] = memory
-        self._load()
-        for stage in work.stages:
-            for slot in work.slots_of(stage):
-                self.enqueue(stage.name, slot, stream)
-        stream.synchronize()
+        try:
+            self._load()
+            for stage in work.stages:
+                for slot in work.slots_of(stage):
+                    self.enqueue(stage.name, slot, stream)
+            stream.synchronize()
+        except BaseException:
+            # Nothing may go before what was put on the stream is done.
+            with contextlib.suppress(CudaError):
+                stream.synchronize()
+            raise
 
     @abstractmethod
     def _load(self) -> None:

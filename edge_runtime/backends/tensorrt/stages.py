@@ -8,7 +8,6 @@ the largest need; those that run ahead, beside the others, share another one.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -17,13 +16,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edge_runtime.backends.cuda.base import Cuda, Stream
-from edge_runtime.backends.cuda.stages import LaunchedStages, Work
+from edge_runtime.backends.cuda.base import Stream
+from edge_runtime.backends.cuda.stages import LaunchedStages
 from edge_runtime.backends.tensorrt import api
 from edge_runtime.backends.tensorrt.keys import engine_key, precision_of, shape_of
 from edge_runtime.cascade import Stage
 from edge_runtime.engine_cache import EngineCache, EngineDevice
-from edge_runtime.errors import BackendError, CudaError, ManifestError
+from edge_runtime.errors import BackendError, ManifestError
 from edge_runtime.manifest import Bundle
 from edge_runtime.tensors import TensorSpec
 
@@ -91,16 +90,6 @@ class TensorRTStages(LaunchedStages):
         self._engines: dict[str, Any] = {}
         self._runtime: Any = None
         self.scratch = Scratch(0, 0)
-
-    def open(self, cuda: Cuda, work: Work, stream: Stream) -> None:
-        """Load every engine, and run each once."""
-        try:
-            super().open(cuda, work, stream)
-        except BaseException:
-            # A context must not go before what it has put on a stream is done.
-            with contextlib.suppress(CudaError):
-                stream.synchronize()
-            raise
 
     def _load(self) -> None:
         trt = self._module or api.import_tensorrt()
