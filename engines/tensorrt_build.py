@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,6 +209,9 @@ class _Build:
             self.built = self._run()
         except BaseException as error:  # noqa: BLE001 - raised again where it was asked for
             self.error = error
+            # The error would keep TensorRT's objects in a cycle, to be freed at any time: inside
+            # of another call of TensorRT too, whose lock their destructors wait for, for ever.
+            traceback.clear_frames(error.__traceback__)
 
     def _run(self) -> BuiltEngine:
         begin = time.monotonic()

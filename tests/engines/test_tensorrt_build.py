@@ -1,8 +1,10 @@
 """Engines are built by TensorRT's real builder, with progress, Ctrl-C and a cache."""
 
+import gc
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -11,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edge_runtime import cli
+from edge_runtime.backends.tensorrt import api
 from edge_runtime.engine_cache import EngineCache
 from edge_runtime.errors import EngineBuildError
 from edge_runtime.manifest import Bundle
@@ -91,6 +94,38 @@ class TestBuilder:
     def test_too_small_a_workspace_is_told(self, tensorrt: ModuleType) -> None:
         with pytest.raises(EngineBuildError, match=r"more than --workspace-mb 1: allow more"):
             build_engine(tensorrt, deep(2), {}, stage="deep", options=BuildOptions(workspace_mb=1))
+
+    @pytest.mark.parametrize("interrupted", [False, True])
+    def test_a_build_that_fails_leaves_nothing_to_the_collector(
+        self, tensorrt: ModuleType, interrupted: bool
+    ) -> None:
+        """A builder that it frees inside of another call of TensorRT waits for ever."""
+
+        def report(text: str) -> None:
+            if interrupted and "Building engine" in text:
+                raise KeyboardInterrupt
+
+        model = deep(600) if interrupted else b"no model"
+        with pytest.raises((EngineBuildError, KeyboardInterrupt)) as caught:
+            build_engine(tensorrt, model, {}, stage="x", report=report)
+        build = caught.traceback[1].frame.f_locals["build"]
+        frames = [frame for frame, _ in traceback.walk_tb(build.error.__traceback__)]
+        (inner,) = [frame for frame in frames if frame.f_code.co_name == "_run"]
+        assert inner.f_locals == {}
+
+    def test_the_collector_rests_while_tensorrt_logs(self, tensorrt: ModuleType) -> None:
+        states = []
+
+        class Beginning(str):
+            def __hash__(self) -> int:
+                states.append(gc.isenabled())
+                return super().__hash__()
+
+        log = api.Log(tensorrt, watch=(Beginning("some"),))
+        log.native.log(tensorrt.ILogger.VERBOSE, "something")
+        assert set(states) == {False}
+        assert gc.isenabled()
+        assert log.details == {"some": "something"}
 
     def test_measured_times_are_kept_and_foreign_ones_replaced(
         self, tensorrt: ModuleType, tmp_path: Path

@@ -8,6 +8,7 @@ failure with None or False and a line in the log: `Log.check` makes one error of
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import platform
@@ -115,6 +116,17 @@ class Log:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, message: str) -> None:
+                # TensorRT may hold a lock meanwhile. If the collector ran here and found one of
+                # TensorRT's objects, its destructor would wait for that lock for ever.
+                collects = gc.isenabled()
+                gc.disable()
+                try:
+                    self._take(severity, message)
+                finally:
+                    if collects:
+                        gc.enable()
+
+            def _take(self, severity: Any, message: str) -> None:
                 if severity <= trt.ILogger.WARNING:
                     for some in (lines, recent):
                         some.append(f"{severity.name}: {message}")
