@@ -14,6 +14,7 @@ PACKAGES = [
     "edge_runtime.backends.tensorrt",
     "engines",
     "calib",
+    "calib.cascade_search",
     "bench",
     "bench.gpu",
 ]

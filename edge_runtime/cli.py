@@ -43,6 +43,10 @@ SECTIONS: dict[str, dict[str, Command]] = {
         "quantize": Command("calib.quantize_command", "a bundle, or one ONNX file, in INT8"),
         "convert": Command("engines.convert_command", "a bundle, or one ONNX file, in FP16"),
         "thresholds": Command("calib.thresholds_command", "operating points from labelled data"),
+        "collect": Command("calib.collect_command", "what models say about data, as a table"),
+        "search": Command("calib.search_command", "the best cascades in a table of predictions"),
+        "savers": Command("calib.savers_command", "the best small model before each large one"),
+        "shortlist": Command("calib.shortlist_command", "candidate models from public results"),
         "build": Command("engines.build_command", "TensorRT engines for this device"),
         "precision": Command("calib.precision_command", "which stages run at INT8 or FP16"),
         "engines": Command(

@@ -1,0 +1,1 @@
+"""Which models make the best cascade, at which thresholds: `edge-runtime search`."""
