@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from calib.cascade_search.exits import Exits
 from calib.cascade_search.improvement import improvement
-from calib.cascade_search.points import operating_points
+from calib.cascade_search.points import MAX_IMPROVEMENT, operating_points
 from calib.cascade_search.search import CascadePoint, answers, measure_cascade, search
 from calib.crossval import CrossValidation, paired_interval
 from edge_runtime.errors import CalibrationError
@@ -30,6 +30,7 @@ def held_out(
     longest: int = 2,
     stride: int = 10,
     budgets: Sequence[float] = (),
+    improved_at: float | None = None,
     repeats: int = 10,
     folds: int = 5,
     seed: int = 0,
@@ -45,6 +46,9 @@ def held_out(
         longest: As of `search`.
         stride: As of `search`.
         budgets: As of `operating_points`.
+        improved_at: Drop of accuracy of the point of largest improvement that was chosen. The
+            largest factor lies at another accuracy in every fold, and what is promised is the point
+            that was chosen: in folds the cheapest one of at most that drop stands for it.
         repeats: Number of random partitions, >= 1.
         folds: Number of folds, >= 2.
         seed: Seed of the partitions.
@@ -76,7 +80,11 @@ def held_out(
             result = search(seen, costs, longest=longest, stride=stride)
             base = measure_cascade(seen, costs, bounds, (reference,), ())
             gain = improvement(result.front, result.single_front)
-            for name, point in operating_points(result, gain, budgets, base).points.items():
+            points = dict(operating_points(result, gain, budgets, base).points)
+            if improved_at is not None:
+                reached = [p for p in result.front if p.accuracy >= base.accuracy - improved_at]
+                points[MAX_IMPROVEMENT] = (reached or result.front[-1:])[0]
+            for name, point in points.items():
                 tally = tallies.setdefault(name, _Tally())
                 tally.add(unseen, costs, bounds, point or base, base)
             searched()

@@ -10,7 +10,7 @@ from calib.cascade_search.exits import Exits
 from calib.cascade_search.held_out import held_out
 from calib.cascade_search.improvement import Improvement, improvement
 from calib.cascade_search.methods import Method, exits_of, signals_of
-from calib.cascade_search.points import OperatingPoints, operating_points
+from calib.cascade_search.points import MAX_IMPROVEMENT, OperatingPoints, operating_points
 from calib.cascade_search.search import SearchResult, cascades_of, in_order, search
 from calib.cascade_search.shift import Shift, shifted
 from calib.cascade_search.signals import JudgedModels, check_metrics, judge
@@ -171,7 +171,7 @@ class Study:
             points=points,
             held_out={
                 name: figures
-                for name, figures in self._held_out(exits, bounds, result).items()
+                for name, figures in self._held_out(exits, bounds, result, points).items()
                 if name not in points.unreached
             },
             shift=self._shifted(method, bounds, result),
@@ -202,9 +202,13 @@ class Study:
             )
 
     def _held_out(
-        self, exits: Exits, bounds: tuple[float, float], result: SearchResult
+        self,
+        exits: Exits,
+        bounds: tuple[float, float],
+        result: SearchResult,
+        points: OperatingPoints,
     ) -> dict[str, CrossValidation]:
-        settings = self.settings
+        settings, best = self.settings, points.points[MAX_IMPROVEMENT]
         if not settings.repeats:
             return {}
         searches = settings.repeats * settings.folds
@@ -217,6 +221,7 @@ class Study:
                 longest=settings.longest,
                 stride=settings.stride,
                 budgets=settings.budgets,
+                improved_at=None if best is None else result.reference.accuracy - best.accuracy,
                 repeats=settings.repeats,
                 folds=settings.folds,
                 seed=settings.seed,
