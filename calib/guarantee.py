@@ -55,7 +55,7 @@ from numpy.typing import NDArray
 
 from calib.exit_table import CostModel, ExitTable
 from calib.paired_test import PairedTest, fewest_samples, paired_test, samples_for
-from calib.sweep import measure
+from calib.sweep import measure, midway
 from calib.thresholds import ByExit
 from edge_runtime.errors import CalibrationError, ConfigError
 
@@ -179,10 +179,9 @@ class _Walk:
             # Nobody passes the first of them.
             found[self.active[0]] = table.bounds[0]
             return found
-        upper, lower = self.signals[step], self.signals[step + 1]
-        middle = np.float32((float(upper) + float(lower)) / 2)
+        threshold = float(midway(self.signals[[step]], self.signals[[step + 1]])[0])
         for k in self.active:
-            found[k] = float(middle if middle > lower else upper)
+            found[k] = threshold
         return found
 
 

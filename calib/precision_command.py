@@ -14,7 +14,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from calib.precision_plot import check_plot, plot
+from calib.plot_file import check_plot
+from calib.precision_plot import plot
 from calib.precision_report import layer_advice, show, verdict
 from calib.precision_work import Work, measure_and_choose
 from calib.thresholds import pays

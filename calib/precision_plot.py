@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,32 +9,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from calib.plot_file import BLUE, GREY, ORANGE, new_figure, save_figure
 from calib.precision import at_thresholds
 from calib.precision_work import Work
-from edge_runtime.errors import ConfigError, EdgeRuntimeError, missing_package
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PLOTS = (".pdf", ".png", ".svg")
 #: Charts side by side.
 _COLUMNS = 3
-#: Colours that people with any colour vision tell apart.
-_BEFORE, _FORGOTTEN, _AFTER = "#0072b2", "#999999", "#d55e00"
-
-
-def check_plot(path: Path | None) -> None:
-    """Refuse a plot that can't be drawn, before anything long begins."""
-    if path is None:
-        return
-    if path.suffix not in _PLOTS or path.is_dir() or not path.absolute().parent.is_dir():
-        raise ConfigError(
-            f"--plot {path}", expected=f"a file {', '.join(_PLOTS)} in a folder that exists"
-        )
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise missing_package("matplotlib", "calib") from error
+_BEFORE, _FORGOTTEN, _AFTER = BLUE, GREY, ORANGE
 
 
 def plot(path: Path, work: Work) -> None:
@@ -44,17 +26,13 @@ def plot(path: Path, work: Work) -> None:
 
     Where nothing was chosen it shows what all variants together would do.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Canvas
-
     found, mixes = work.found, work.mixes
     exits = found.before.exits
     variants = found.variants or dict.fromkeys(work.times.ratios, found.precision)
     tables = (mixes.judged({}), mixes.judged(variants))
     columns = min(len(exits), _COLUMNS)
     rows = -(-len(exits) // columns)
-    figure = Canvas(figsize=(4.4 * columns, 3.8 * rows + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.4 * columns, 3.8 * rows + 0.4)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for i, name in enumerate(exits[:-1]):
         _plot_signals(axes[i], [table.signals[:, i] for table in tables], work, name)
@@ -65,15 +43,7 @@ def plot(path: Path, work: Work) -> None:
     figure.suptitle(
         f"{mixes.bundle.manifest.name}: {', '.join(variants)} at {found.precision}{chosen}"
     )
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}")
-    try:
-        figure.savefig(temporary, dpi=130)
-        temporary.replace(path)
-    except OSError as error:
-        raise EdgeRuntimeError(f"{path} can't be written: {error.strerror or error}") from error
-    finally:
-        if os.path.lexists(temporary):
-            temporary.unlink()
+    save_figure(figure, path)
 
 
 def _plot_signals(

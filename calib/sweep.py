@@ -155,7 +155,7 @@ def _public(thresholds: NDArray[np.float32], lowest: float) -> tuple[float | Non
     return tuple(named.get(t, t) for t in thresholds.tolist())
 
 
-def _midway(upper: NDArray[np.float32], lower: NDArray[np.float32]) -> NDArray[np.float32]:
+def midway(upper: NDArray[np.float32], lower: NDArray[np.float32]) -> NDArray[np.float32]:
     """The float32 midway between neighbours lower < upper, above `lower`."""
     middle = ((upper.astype(np.float64) + lower) / 2).astype(np.float32)
     return np.where(middle > lower, middle, upper)
@@ -199,7 +199,7 @@ class _Search:
             # Evenly spread, without the two ends.
             spread = np.linspace(0, len(ends) - 1, per_exit + 1)[1:-1]
             ends = ends[np.unique(spread.round().astype(int))]
-        for value in (NEVER, *_midway(signal[ends], signal[ends + 1]).tolist()):
+        for value in (NEVER, *midway(signal[ends], signal[ends + 1]).tolist()):
             exact &= self.grid(k + 1, [*thresholds[:k], value, *thresholds[k + 1 :]], per_exit)
         return exact
 
@@ -251,7 +251,7 @@ class _Search:
         if len(better):
             ends, at_ends = ends[better], correct[better]
             block = np.array([thresholds] * len(ends))
-            block[:, k] = _midway(signal[ends], signal[np.minimum(ends + 1, len(rows) - 1)])
+            block[:, k] = midway(signal[ends], signal[np.minimum(ends + 1, len(rows) - 1)])
             # Nothing passes an exit that always answers.
             everybody = ends == len(rows) - 1
             block[everybody, k] = ALWAYS

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.sweep import _midway as midway
+from calib.sweep import midway
 
 
 @dataclass(frozen=True, eq=False)
