@@ -47,9 +47,12 @@ def bundle_seconds(
     Raises:
         BackendError: The backend does not tell how long a stage took.
     """
-    seconds, decide_s = stage_seconds(scheduler, data, console)
+    seconds, decide_s, frame_s = stage_seconds(scheduler, data, console)
     paths = _paths(scheduler.cascade, seconds)
-    return {name: path + decide_s for name, path in zip(names, paths, strict=True)}
+    return {
+        name: path + decide + frame_s
+        for name, path, decide in zip(names, paths, decide_s, strict=True)
+    }
 
 
 def bundle_macs(

@@ -99,8 +99,9 @@ class CostModel:
         exits: Names of the exits, in the order of the cascade.
         needs: Per exit, names of all parts that its logits depend on.
         part_cost: Cost of each part, in seconds or any other unit; >= 0.
-        decide_cost: Cost of judging one exit, in the same unit; paid at every evaluated exit,
-            the last one included; >= 0.
+        decide_cost: Cost of judging an exit, in the same unit, one for all or one per exit; paid
+            at every evaluated exit, the last one included; >= 0.
+        frame_cost: What every sample costs besides, wherever it leaves, in the same unit; >= 0.
 
     Raises:
         ConfigError: From the constructor, for a part without a cost, a cost that is negative or not
@@ -110,7 +111,8 @@ class CostModel:
     exits: tuple[str, ...]
     needs: tuple[frozenset[str], ...]
     part_cost: Mapping[str, float]
-    decide_cost: float = 0.0
+    decide_cost: float | tuple[float, ...] = 0.0
+    frame_cost: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse costs that mean nothing."""
@@ -121,7 +123,12 @@ class CostModel:
         for part in sorted(frozenset().union(*self.needs)):
             if part not in self.part_cost:
                 raise ConfigError(f"no cost for {part!r}", remedy="Every stage needs one")
-        for name, cost in (*self.part_cost.items(), ("a decision", self.decide_cost)):
+        if len(self._deciding) != len(self.exits):
+            raise ConfigError(
+                "costs of decisions", got=len(self._deciding), expected=len(self.exits)
+            )
+        rest = [("a decision", cost) for cost in self._deciding]
+        for name, cost in (*self.part_cost.items(), *rest, ("a frame", self.frame_cost)):
             if not (math.isfinite(cost) and cost >= 0):
                 raise ConfigError(f"cost of {name!r}", got=cost, expected="a finite number >= 0")
         if not self.base > 0:
@@ -129,7 +136,11 @@ class CostModel:
 
     @classmethod
     def from_stages(
-        cls, cascade: Cascade, stage_cost: Mapping[str, float], decide_cost: float = 0.0
+        cls,
+        cascade: Cascade,
+        stage_cost: Mapping[str, float],
+        decide_cost: float | tuple[float, ...] = 0.0,
+        frame_cost: float = 0.0,
     ) -> CostModel:
         """The cost model of a cascade of stages.
 
@@ -137,6 +148,7 @@ class CostModel:
             cascade: Its `plan` says which stages each exit needs.
             stage_cost: Stage name -> cost of one sample, in seconds or any other unit.
             decide_cost: See `CostModel`.
+            frame_cost: See `CostModel`.
 
         Raises:
             ConfigError: As the constructor, and for a cost of a stage that the cascade lacks.
@@ -153,12 +165,18 @@ class CostModel:
             for k in range(len(cascade.exits))
         ]
         exits = tuple(exit_.name for exit_ in cascade.exits)
-        return cls(exits, tuple(needs), dict(stage_cost), decide_cost)
+        return cls(exits, tuple(needs), dict(stage_cost), decide_cost, frame_cost)
 
     @classmethod
     def from_models(cls, cost: Mapping[str, float]) -> CostModel:
         """The cost model of independent models, each an exit, in the order of the mapping."""
         return cls(tuple(cost), tuple(frozenset([name]) for name in cost), dict(cost))
+
+    @property
+    def _deciding(self) -> tuple[float, ...]:
+        """Cost of judging each exit."""
+        one = self.decide_cost
+        return one if isinstance(one, tuple) else (one,) * len(self.exits)
 
     @property
     def base(self) -> float:
@@ -179,10 +197,12 @@ class CostModel:
         """
         costs = []
         parts: frozenset[str] = frozenset()
-        for evaluated, k in enumerate((*active, len(self.exits) - 1), start=1):
+        deciding: list[float] = []
+        for k in (*active, len(self.exits) - 1):
             parts |= self.needs[k]
+            deciding.append(self._deciding[k])
             paid = [self.part_cost[part] for part in parts]
-            costs.append(math.fsum([*paid, evaluated * self.decide_cost]))
+            costs.append(math.fsum([*paid, *deciding, self.frame_cost]))
         return np.array(costs)
 
 

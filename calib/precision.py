@@ -308,5 +308,5 @@ def _figures(choice: Choice) -> Figures:
 
 def _costs(mixes: Mixes, times: VariantTimes, variants: Mapping[str, str]) -> CostModel:
     return CostModel.from_stages(
-        mixes.bundle.cascade, times.stage_seconds(variants), times.decide_s
+        mixes.bundle.cascade, times.stage_seconds(variants), times.decide_s, times.frame_s
     )

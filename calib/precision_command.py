@@ -175,6 +175,7 @@ def _point(
             "backend": args.backend,
             "stage_seconds": work.times.stage_seconds(found.variants),
             "decide_seconds": work.times.decide_s,
+            "frame_seconds": work.times.frame_s,
             "stage_time_ratios": plain(work.times.ratios),
             "device": device.fingerprint(),
         },

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from edge_runtime.confidence import Metric
 from edge_runtime.console import Console
 from edge_runtime.dataset import ImageDataset
 from edge_runtime.errors import BackendError
-from edge_runtime.prediction import Trace
+from edge_runtime.prediction import Prediction, Trace
 from edge_runtime.scheduler import Scheduler
 from edge_runtime.timing import warm_up
 
@@ -121,9 +122,21 @@ def images_per_call(scheduler: Scheduler) -> int:
     return min(_BATCH, scheduler.backend.largest_batch or _BATCH)
 
 
-def stage_seconds(
-    scheduler: Scheduler, data: ImageDataset, console: Console
-) -> tuple[dict[str, float], float]:
+class StageTimes(NamedTuple):
+    """What a frame's time consists of, medians in seconds.
+
+    Attributes:
+        stages: Stage name -> its own time.
+        decide_s: What goes to deciding, of each exit. Behind a large stage the caches are cold.
+        frame_s: What every frame takes besides: checks, taking the image in, giving the answer.
+    """
+
+    stages: dict[str, float]
+    decide_s: tuple[float, ...]
+    frame_s: float
+
+
+def stage_seconds(scheduler: Scheduler, data: ImageDataset, console: Console) -> StageTimes:
     """Measure what each stage costs on this device, one image at a time.
 
     Args:
@@ -131,24 +144,36 @@ def stage_seconds(
         data: Images; the first few hundred are used.
         console: Shows progress.
 
-    Returns:
-        Stage name -> median seconds, and the median seconds per exit that go to deciding.
-
     Raises:
         BackendError: The backend does not tell how long a stage took.
     """
     images = [data.image(i) for i in range(min(len(data), _TIMED))]
     warm_up(lambda: scheduler(images[0]), clock=time.perf_counter)
     stages: dict[str, list[float]] = {stage.name: [] for stage in scheduler.plan.stages}
-    deciding = []
+    deciding, around = [], []
     for image in console.progress(images, "timing stages"):
+        begin = time.perf_counter()
         (prediction,) = scheduler.classify(image[None])
+        around.append(around_seconds(prediction, time.perf_counter() - begin))
         trace = prediction.trace
         for name, seconds in durations(trace).items():
             stages[name].append(seconds)
         deciding.append(deciding_seconds(scheduler.plan, trace))
-    per_exit = float(np.median(deciding)) / len(scheduler.exits)
-    return {name: float(np.median(times)) for name, times in stages.items()}, per_exit
+    return StageTimes(
+        {name: float(np.median(times)) for name, times in stages.items()},
+        tuple(np.median(deciding, axis=0).tolist()),
+        float(np.median(around)),
+    )
+
+
+def around_seconds(prediction: Prediction, call_s: float) -> float:
+    """What a call spends before its first stage and behind its answer.
+
+    Args:
+        prediction: Its answer; the stages' times are known.
+        call_s: Seconds that the call took.
+    """
+    return prediction.trace.stages[0].start_s + call_s - prediction.latency_s
 
 
 def durations(trace: Trace) -> dict[str, float]:
@@ -169,8 +194,8 @@ def durations(trace: Trace) -> dict[str, float]:
     return found
 
 
-def deciding_seconds(plan: Plan, trace: Trace) -> float:
-    """How long it took to judge the exits that were evaluated, together.
+def deciding_seconds(plan: Plan, trace: Trace) -> list[float]:
+    """How long it took to judge each of the exits that were evaluated.
 
     That is the time from the end of an exit's last stage to its decision. What the host spends on
     a stage beside the stage's own time, or on taking in the image, is none of it.
@@ -180,9 +205,9 @@ def deciding_seconds(plan: Plan, trace: Trace) -> float:
         trace: What happened to a sample; the stages' times are known.
     """
     ends = {run.stage: run.start_s + run.duration_s for run in trace.stages}
-    total = before = 0.0
+    found, before = [], 0.0
     for step, exit_ in zip(plan.steps, trace.exits, strict=False):
         begin = ends[step.stages[-1].name] if step.stages else before
-        total += max(0.0, exit_.at_s - begin)
+        found.append(max(0.0, exit_.at_s - begin))
         before = exit_.at_s
-    return total
+    return found

@@ -164,19 +164,20 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     everything = OperatingPoint.all_exits(bundle.cascade)
     with options.open_cascade(args, bundle, images, everything, time_stages=True) as scheduler:
         table = collect(scheduler, images, console)
-        seconds, decide_s = stage_seconds(scheduler, images, console)
+        times = stage_seconds(scheduler, images, console)
     chosen_on = {
         "data": images.hash,
         "samples": len(images),
         "part": args.part,
         "seed": args.seed,
         "backend": args.backend,
-        "stage_seconds": seconds,
-        "decide_seconds": decide_s,
+        "stage_seconds": times.stages,
+        "decide_seconds": times.decide_s,
+        "frame_seconds": times.frame_s,
         "device": device.fingerprint(),
     }
     data = _Data(table, args.metric, args.temperature)
-    costs = CostModel.from_stages(bundle.cascade, seconds, decide_s)
+    costs = CostModel.from_stages(bundle.cascade, *times)
     found = [
         _choose(name, goal, args, data, costs, bundle, chosen_on)
         for name, goal in console.progress(list(goals.items()), "choosing and cross-validating")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from calib.sensitivity import Open, stages_with
-from calib.tables import deciding_seconds, durations
+from calib.tables import around_seconds, deciding_seconds, durations
 from edge_runtime.console import Console
 from edge_runtime.dataset import ImageDataset
 from edge_runtime.manifest import Bundle
@@ -43,6 +43,7 @@ class VariantTimes:
         ratios: Stage name -> time at the precision over that in the base, with its interval; of
             the stages that were compared.
         decide_s: Median seconds per exit that go to deciding.
+        frame_s: Median seconds of a frame besides.
         rounds: Number of images that each was timed on.
     """
 
@@ -51,6 +52,7 @@ class VariantTimes:
     seconds: Mapping[str, Mapping[str, float]]
     ratios: Mapping[str, Ratio]
     decide_s: float = 0.0
+    frame_s: float = 0.0
     rounds: int = 0
 
     @property
@@ -120,19 +122,22 @@ def variant_times(
     with open_scheduler(points[0]) as a, open_scheduler(points[1]) as b:
         some = itertools.cycle(images)
 
-        def each() -> tuple[Prediction, Prediction]:
+        def each() -> tuple[Prediction, Prediction, float]:
             image = next(some)[None]
-            return a.classify(image)[0], b.classify(image)[0]
+            begin = time.perf_counter()
+            first = a.classify(image)[0]
+            call_s = time.perf_counter() - begin
+            return first, b.classify(image)[0], around_seconds(first, call_s)
 
         warm_up(each, clock=clock)
         names = [stage.name for stage in a.plan.stages]
         took = np.empty((2, len(names), rounds))
-        deciding = np.empty(rounds)
+        deciding, around = np.empty(rounds), np.empty(rounds)
         for i in console.progress(range(rounds), "timing both precisions"):
-            first, second = each()
+            first, second, around[i] = each()
             for which, prediction in enumerate((first, second)):
                 took[which, :, i] = list(durations(prediction.trace).values())
-            deciding[i] = deciding_seconds(a.plan, first.trace)
+            deciding[i] = sum(deciding_seconds(a.plan, first.trace))
         exits = len(a.exits)
     medians = np.median(took, axis=2)
     own = {name: bundle.precision(name, base) for name in names}
@@ -145,5 +150,6 @@ def variant_times(
         seconds,
         {name: ratio(took[1, names.index(name)], took[0, names.index(name)]) for name in compared},
         decide_s=float(np.median(deciding)) / exits,
+        frame_s=float(np.median(around)),
         rounds=rounds,
     )
