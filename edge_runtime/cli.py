@@ -45,6 +45,7 @@ SECTIONS: dict[str, dict[str, Command]] = {
         "thresholds": Command("calib.thresholds_command", "operating points from labelled data"),
         "collect": Command("calib.collect_command", "what models say about data, as a table"),
         "search": Command("calib.search_command", "the best cascades in a table of predictions"),
+        "certify": Command("calib.certify_command", "a cascade of a table with a guarantee"),
         "savers": Command("calib.savers_command", "the best small model before each large one"),
         "shortlist": Command("calib.shortlist_command", "candidate models from public results"),
         "build": Command("engines.build_command", "TensorRT engines for this device"),
