@@ -15,7 +15,7 @@ import numpy as np
 from calib.cascade_search.signals import METRICS, Signal, judge
 from calib.exit_table import CostModel, ExitTable
 from calib.guarantee import Promise, certify, explain
-from calib.model_costs import costs_of, read_costs
+from calib.model_costs import add_costs, costs_of, read_costs
 from calib.model_table import ModelTable
 from calib.thresholds import ZeroLoss, choose
 from edge_runtime import options
@@ -27,10 +27,7 @@ from edge_runtime.schema import nearest, plain
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``edge-runtime certify``."""
     parser.add_argument("--logits", required=True, metavar="T.npz", help="the table")
-    parser.add_argument("--costs", required=True, metavar="C.csv", help="what the models cost")
-    parser.add_argument(
-        "--cost-column", default="cost", metavar="NAME", help="column of the costs (default cost)"
-    )
+    add_costs(parser)
     parser.add_argument(
         "--models", required=True, metavar="A,B[,C..]", help="the cascade, in the order of running"
     )

@@ -10,6 +10,7 @@ MACs, measured seconds on a device, energy: the column is chosen by its name.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import math
@@ -22,6 +23,14 @@ from edge_runtime.files import read_plain
 from edge_runtime.schema import nearest
 
 MODEL, COST = "model", "cost"
+
+
+def add_costs(parser: argparse.ArgumentParser) -> None:
+    """The options that name costs of a table's models."""
+    parser.add_argument("--costs", required=True, metavar="C.csv", help="what the models cost")
+    parser.add_argument(
+        "--cost-column", default=COST, metavar="NAME", help=f"column of the costs (default {COST})"
+    )
 
 
 def read_costs(path: str | Path, column: str = COST) -> dict[str, float]:

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.image_sources import BROKEN
 from edge_runtime.schema import nearest
 
 PRED, CONF = ".pred", ".conf"
@@ -38,21 +37,7 @@ _BLOCK_BYTES = 2**20
 #: No classifier has more classes; a block holds a row at least.
 _MOST_CLASSES = 2**20
 
-# Neither numpy nor zipfile documents what a damaged file makes them raise.
-_BROKEN = (
-    OSError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    lzma.LZMAError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+_BROKEN = (*BROKEN, lzma.LZMAError)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.cascade_search.signals import METRICS
-from calib.model_costs import costs_of, read_costs
+from calib.model_costs import add_costs, costs_of, read_costs
 from calib.model_table import ModelTable
 from calib.plot_file import check_plot
 from calib.saver_crossval import Repeats
@@ -33,10 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``edge-runtime savers``."""
     parser.add_argument("--logits", required=True, metavar="TRAIN.npz", help="table to choose on")
     parser.add_argument("--test", required=True, metavar="TEST.npz", help="table of other samples")
-    parser.add_argument("--costs", required=True, metavar="C.csv", help="what the models cost")
-    parser.add_argument(
-        "--cost-column", default="cost", metavar="NAME", help="column of the costs (default cost)"
-    )
+    add_costs(parser)
     parser.add_argument(
         "--base",
         required=True,

@@ -25,7 +25,7 @@ from calib.cascade_search.report import (
 )
 from calib.cascade_search.signals import METRICS
 from calib.cascade_search.study import Settings, Study
-from calib.model_costs import costs_of, read_costs
+from calib.model_costs import add_costs, costs_of, read_costs
 from calib.model_table import ModelTable
 from calib.plot_file import check_plot
 from edge_runtime import options
@@ -39,10 +39,7 @@ _REPEATS = {2: 10, 3: 1}
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``edge-runtime search``."""
     parser.add_argument("--logits", required=True, metavar="T.npz", help="the table")
-    parser.add_argument("--costs", required=True, metavar="C.csv", help="what the models cost")
-    parser.add_argument(
-        "--cost-column", default="cost", metavar="NAME", help="column of the costs (default cost)"
-    )
+    add_costs(parser)
     parser.add_argument(
         "--shift", metavar="T2.npz", help="a table of other samples, to evaluate what was found"
     )

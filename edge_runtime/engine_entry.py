@@ -23,10 +23,10 @@ from edge_runtime import schema
 from edge_runtime.engine_key import EngineKey
 from edge_runtime.errors import ConfigError, EdgeRuntimeError, ManifestError
 from edge_runtime.files import read_json, sha256
+from edge_runtime.manifest import HASH
 
 SCHEMA_VERSION = 1
 
-_HASH = re.compile(r"[0-9a-f]{64}")
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 _NAME = r"(?P<name>[A-Za-z0-9_][A-Za-z0-9_.-]*\.[a-z0-9_]+\.[0-9a-f]{16})"
 _SIDECAR = re.compile(rf"{_NAME}\.json")
@@ -57,7 +57,7 @@ class Sidecar:
 
     def __post_init__(self) -> None:
         """Refuse what no plan could have."""
-        if not _HASH.fullmatch(self.sha256):
+        if not HASH.fullmatch(self.sha256):
             raise ConfigError("sha256", got=repr(self.sha256)[:80], expected="64 hex digits")
         try:
             datetime.fromisoformat(self.created)
@@ -221,7 +221,7 @@ def scan(root: Path, bundle: str | None = None) -> Iterator[CachedEngine]:
         ManifestError: `root` can't be read.
     """
     try:
-        tops = _children(root, _HASH)
+        tops = _children(root, HASH)
     except OSError as error:
         raise ManifestError(
             f"the cache of engines {root} can't be read: {error.strerror}"

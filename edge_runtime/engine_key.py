@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.files import sha256
+from edge_runtime.manifest import HASH, PRECISION, STAGE_NAME
 from edge_runtime.schema import plain
-
-# Names that become parts of paths, as the manifest has them.
-_HASH = re.compile(r"[0-9a-f]{64}")
-_STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_PRECISION = re.compile(r"[a-z0-9_]+")
 
 #: Hex digits of a digest in a file name, and of a hash in a message.
 _DIGEST = 16
@@ -90,10 +85,10 @@ class EngineKey:
     def __post_init__(self) -> None:
         """Refuse what can't be part of a path or shown on one line."""
         for name, value, pattern, expected in (
-            ("bundle", self.bundle, _HASH, "64 hex digits"),
-            ("stage", self.stage, _STAGE_NAME, "letters, digits, '_', '-' and '.'"),
-            ("precision", self.precision, _PRECISION, "lower-case letters, digits and '_'"),
-            ("model", self.model, _HASH, "64 hex digits"),
+            ("bundle", self.bundle, HASH, "64 hex digits"),
+            ("stage", self.stage, STAGE_NAME, "letters, digits, '_', '-' and '.'"),
+            ("precision", self.precision, PRECISION, "lower-case letters, digits and '_'"),
+            ("model", self.model, HASH, "64 hex digits"),
         ):
             if not pattern.fullmatch(value):
                 raise ConfigError(
@@ -148,7 +143,7 @@ def digest(value: object) -> str:
 
 
 def _shown(fact: str) -> str:
-    return fact[:_SHOWN] if _HASH.fullmatch(fact) else fact or "unknown"
+    return fact[:_SHOWN] if HASH.fullmatch(fact) else fact or "unknown"
 
 
 def _check_printable(what: str, text: str) -> None:

@@ -31,8 +31,8 @@ _TURNED = (5, 6, 7, 8)
 #: Pillow's modes for each number of channels.
 MODES = {1: "L", 3: "RGB"}
 
-# Neither Pillow nor NumPy document what a damaged file makes them raise.
-_BROKEN = (
+#: What a damaged file makes Pillow and NumPy raise; neither documents it.
+BROKEN = (
     OSError,
     EOFError,
     LookupError,
@@ -335,7 +335,7 @@ def _header_size(file: Path) -> tuple[int, int]:
         with pillow.open(file, formats=_FORMATS) as image:
             width, height = image.size
             turned = image.getexif().get(_ORIENTATION) in _TURNED
-    except (*_BROKEN, pillow.DecompressionBombError) as error:
+    except (*BROKEN, pillow.DecompressionBombError) as error:
         raise _unreadable("the image", file, error) from error
     return (width, height) if turned else (height, width)
 
@@ -352,7 +352,7 @@ def _decode(file: Path, mode: str) -> Pixels:
             if found == "P":
                 image = image.convert("RGBA")  # keeps Pillow from warning of transparency
             pixels = np.array(image.convert(mode))
-    except (*_BROKEN, pillow.DecompressionBombError) as error:
+    except (*BROKEN, pillow.DecompressionBombError) as error:
         raise _unreadable("the image", file, error) from error
     if found.startswith(("I", "F")):
         raise ConfigError(
@@ -400,7 +400,7 @@ def _read_npz(path: Path) -> Mapping[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as file:
             names = [name for name in ("images", "labels", "classes") if name in file.files]
             arrays = {name: file[name] for name in names}
-    except _BROKEN as error:
+    except BROKEN as error:
         raise _unreadable("the data", path, error) from error
     for name in ("images", "labels"):
         if not isinstance(arrays.get(name), np.ndarray):

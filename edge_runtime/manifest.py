@@ -31,10 +31,11 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 OPERATING_POINTS = "operating_points"
 
-_HASH = re.compile(r"[0-9a-f]{64}")
-# Both become parts of file names, in the bundle and in the cache of engines.
-_STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_PRECISION = re.compile(r"[a-z0-9_]+")
+#: A sha256 as hex digits.
+HASH = re.compile(r"[0-9a-f]{64}")
+#: Both become parts of file names, in the bundle and in the cache of engines.
+STAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+PRECISION = re.compile(r"[a-z0-9_]+")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Artifact:
 
     def __post_init__(self) -> None:
         """Refuse what can't be a file of the bundle."""
-        if not _HASH.fullmatch(self.sha256):
+        if not HASH.fullmatch(self.sha256):
             raise ConfigError("sha256", got=repr(self.sha256)[:80], expected="64 hex digits")
 
 
@@ -77,14 +78,14 @@ class StageRecord:
 
     def __post_init__(self) -> None:
         """A stage without a file can't run, and names must not lead out of a folder."""
-        if not _STAGE_NAME.fullmatch(self.name):
+        if not STAGE_NAME.fullmatch(self.name):
             raise ConfigError(
                 f"stage name {self.name!r}", expected="letters, digits, '_', '-' and '.'"
             )
         if not self.variants:
             raise ConfigError(f"stage {self.name!r} has no variant")
         for precision in self.variants:
-            if not _PRECISION.fullmatch(precision):
+            if not PRECISION.fullmatch(precision):
                 raise ConfigError(
                     f"stage {self.name!r}: precision {precision!r}",
                     expected="lower-case letters, digits and '_'",

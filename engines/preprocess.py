@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 
 Layout = Literal["NCHW", "NHWC"]
 
-#: Name of the variant that ONNX Runtime runs, and of the one that TensorRT can build.
+#: Name of the variant that ONNX Runtime runs; `CAST_FIRST` is the one that TensorRT can build.
 CPU_VARIANT = "fp32"
-TENSORRT_VARIANT = CAST_FIRST
 
 #: The first opsets whose Resize has half_pixel coordinates, and antialias.
 MIN_OPSET = 11
@@ -157,9 +156,9 @@ def preprocess_stage(
     """
     models = {
         variant: preprocess_model(
-            spec, image, output, opset, ir_version, cast_first=variant == TENSORRT_VARIANT
+            spec, image, output, opset, ir_version, cast_first=variant == CAST_FIRST
         ).SerializeToString()
-        for variant in (CPU_VARIANT, TENSORRT_VARIANT)
+        for variant in (CPU_VARIANT, CAST_FIRST)
     }
     return BuiltStage(Stage(name, "preprocess", (image,), (spec.output(output),)), models)
 

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from edge_runtime import device, options
+from edge_runtime.backends.cuda.backend import CudaBackend
+from edge_runtime.backends.tensorrt.stages import TensorRTStages
 from edge_runtime.console import Console, percent
 from edge_runtime.dataset import ImageDataset
 from edge_runtime.errors import BackendError
@@ -94,9 +96,8 @@ def _stages(
     shown = console.progress(images, "comparing stages", len(some))
     with new_backend(args.backend, bundle, options.backend_options(args)) as backend:
         backend.open(plan, axes, variants)
-        scratch = getattr(getattr(backend, "stages", None), "scratch", None)
-        if scratch is not None:
-            console.line(f"{scratch}")
+        if isinstance(backend, CudaBackend) and isinstance(backend.stages, TensorRTStages):
+            console.line(str(backend.stages.scratch))
         return backend_parity(bundle, backend, plan, axes, shown)
 
 

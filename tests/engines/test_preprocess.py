@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.backends.onnxrt import new_session
+from edge_runtime.backends.tensorrt.keys import CAST_FIRST
 from edge_runtime.errors import ConfigError
 from edge_runtime.tensors import TensorSpec
 from engines.preprocess import (
     CPU_VARIANT,
-    TENSORRT_VARIANT,
     PreprocessSpec,
     camera_image,
     preprocess_model,
@@ -120,7 +120,7 @@ def test_antialias_changes_a_shrunk_image() -> None:
 def test_variants_compute_the_same_bits(layout: str) -> None:
     spec = PreprocessSpec((16, 20), layout=layout, crop=0.875, **IMAGENET)
     built = preprocess_stage(spec, camera_image(3), name="preprocess", output="pixels")
-    assert list(built.models) == [CPU_VARIANT, TENSORRT_VARIANT]
+    assert list(built.models) == [CPU_VARIANT, CAST_FIRST]
     image = images(3, 50, 41)
     first, second = (run(model, image) for model in built.models.values())
     np.testing.assert_array_equal(first, second)

@@ -5,11 +5,12 @@ from types import ModuleType
 
 import pytest
 
+from edge_runtime.backends.tensorrt.keys import CAST_FIRST
 from edge_runtime.errors import EngineBuildError
 from edge_runtime.manifest import Bundle, StageRecord
 from edge_runtime.tensors import BATCH
 from engines.import_onnx import build
-from engines.preprocess import TENSORRT_VARIANT, PreprocessSpec, camera_image, preprocess_model
+from engines.preprocess import PreprocessSpec, camera_image, preprocess_model
 from engines.recipe import InputRecipe, OutputRecipe
 from tests.engines.classifiers import SIZE, classifier, residual_classifier
 from tests.engines.test_import_onnx import one_sample_model, recipe_of
@@ -33,7 +34,7 @@ def build_stage(bundle: Bundle, record: StageRecord, precision: str) -> bytes:
 def build_all(bundle: Bundle, precision: str = "fp32") -> list[str]:
     """Build an engine of every stage, which must have the precision; returns their names."""
     for record in bundle.manifest.stages:
-        variant = TENSORRT_VARIANT if record.kind == "preprocess" else precision
+        variant = CAST_FIRST if record.kind == "preprocess" else precision
         assert build_stage(bundle, record, variant)
     return [record.name for record in bundle.manifest.stages]
 

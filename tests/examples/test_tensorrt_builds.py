@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edge_runtime.backends.tensorrt.keys import CAST_FIRST
 from edge_runtime.cli import main
 from edge_runtime.errors import EngineBuildError
 from edge_runtime.manifest import Bundle
-from engines.preprocess import TENSORRT_VARIANT
 from engines.qdq_lint import lint
 from engines.recipe import load_recipe
 from tests.engines.classifiers import mobilenet, save
@@ -129,7 +129,7 @@ def test_of_the_pretrained_mobilenets_it_takes_the_preprocessing_only(
     pretrained = Bundle.open(tmp_path / "a.bundle")
     for record in pretrained.manifest.stages:
         if record.kind == "preprocess":
-            assert build_stage(pretrained, record, TENSORRT_VARIANT)
+            assert build_stage(pretrained, record, CAST_FIRST)
             continue
         with pytest.raises(EngineBuildError, match="zero point is not supported") as refusal:
             build_stage(pretrained, record, "int8")
