@@ -103,7 +103,7 @@ def collect(scheduler: Scheduler, data: ImageDataset, console: Console) -> Predi
     """Run every exit on every image.
 
     Args:
-        scheduler: Opened at `OperatingPoint.all_exits`.
+        scheduler: Opened at `OperatingPoint.all_exits`, of the cascade or of some of its exits.
         data: Labelled images.
         console: Shows progress.
     """
@@ -114,7 +114,7 @@ def collect(scheduler: Scheduler, data: ImageDataset, console: Console) -> Predi
         for name, logits in scheduler.logits(images).items():
             parts[name].append(logits)
     together = {name: np.concatenate(part) for name, part in parts.items()}
-    return PredictionTable(scheduler.cascade, together, data.labels)
+    return PredictionTable(scheduler.cascade.only(scheduler.exits), together, data.labels)
 
 
 def images_per_call(scheduler: Scheduler) -> int:

@@ -93,6 +93,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``edge-runtime thresholds``."""
     options.add_bundle(parser)
     options.add_data(parser)
+    parser.add_argument(
+        "--exits",
+        metavar="NAME,...",
+        help="the exits that may be used, the last one always among them (default: all)",
+    )
+    parser.add_argument(
+        "--suffix", default="", metavar="TEXT", help="ends the points' names, as in zero_loss_TEXT"
+    )
     parser.add_argument("--metric", choices=METRICS, default="max_softmax", help="the signal")
     parser.add_argument(
         "--drop",
@@ -158,10 +166,14 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     promise = _promise(args)
     goals = _goals(args)
     bundle = Bundle.open(args.bundle)
-    if len(bundle.cascade.exits) < 2:
-        raise ConfigError(f"the bundle {bundle.path} has one exit: there is nothing to choose")
+    cascade = bundle.cascade
+    if args.exits is not None:
+        cascade = cascade.only(args.exits.split(","))
+    if len(cascade.exits) < 2:
+        what = f"the bundle {bundle.path} has" if args.exits is None else f"--exits {args.exits} is"
+        raise ConfigError(f"{what} one exit: there is nothing to choose")
     images = options.open_data(args, bundle)
-    everything = OperatingPoint.all_exits(bundle.cascade)
+    everything = OperatingPoint.all_exits(cascade)
     with options.open_cascade(args, bundle, images, everything, time_stages=True) as scheduler:
         table = collect(scheduler, images, console)
         times = stage_seconds(scheduler, images, console)
@@ -177,7 +189,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "device": device.fingerprint(),
     }
     data = _Data(table, args.metric, args.temperature)
-    costs = CostModel.from_stages(bundle.cascade, *times)
+    costs = CostModel.from_stages(cascade, *times)
     found = [
         _choose(name, goal, args, data, costs, bundle, chosen_on)
         for name, goal in console.progress(list(goals.items()), "choosing and cross-validating")
@@ -231,7 +243,9 @@ def _promise(args: argparse.Namespace) -> Promise | None:
 
 def _name(args: argparse.Namespace) -> str:
     """Name of the guaranteed point."""
-    return "guaranteed" if args.guarantee_name is None else args.guarantee_name
+    if args.guarantee_name is not None:
+        return str(args.guarantee_name)
+    return f"guaranteed_{args.suffix}" if args.suffix else "guaranteed"
 
 
 def _goals(args: argparse.Namespace) -> dict[str, Goal]:
@@ -241,7 +255,10 @@ def _goals(args: argparse.Namespace) -> dict[str, Goal]:
         goals[f"drop_{points:g}"] = AccuracyDrop(points / 100)
     for budget_ms in args.latency_budget_ms:
         goals[f"budget_{budget_ms:g}ms"] = CostBudget(budget_ms / 1e3)
-    return goals
+    named = {f"{name}_{args.suffix}" if args.suffix else name: goal for name, goal in goals.items()}
+    for name in named:
+        OperatingPoint(name=name)  # refuses a name that is none, before anything long begins
+    return named
 
 
 def _choose(

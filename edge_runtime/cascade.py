@@ -8,10 +8,11 @@ be evaluated and drops every stage that serves none of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.schema import nearest
 from edge_runtime.tensors import TensorSpec
 
 StageKind = Literal["preprocess", "saver", "segment", "head"]
@@ -117,6 +118,22 @@ class Cascade:
         specs = self._check_tensors()
         for exit_ in self.exits:
             self._check_exit(exit_, specs)
+
+    def only(self, exits: Sequence[str]) -> Cascade:
+        """The same stages with some of the exits.
+
+        Args:
+            exits: Their names in any order; the last exit is always among them.
+
+        Raises:
+            ConfigError: There is no such exit.
+        """
+        names = [exit_.name for exit_ in self.exits]
+        for name in exits:
+            if name not in names:
+                raise ConfigError(f"the cascade has no exit {name!r}", remedy=nearest(name, names))
+        kept = tuple(exit_ for exit_ in self.exits if exit_.name in exits)
+        return replace(self, exits=kept if self.exits[-1] in kept else (*kept, self.exits[-1]))
 
     def plan(self, positions: Iterable[int]) -> Plan:
         """Choose what will be run.

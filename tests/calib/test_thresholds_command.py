@@ -165,6 +165,19 @@ def test_without_cross_validation_it_says_so(toy: Path, capsys) -> None:
     assert "Not cross-validated" in capsys.readouterr().out
 
 
+def test_exits_that_may_not_be_used_are_neither_run_nor_chosen(toy: Path, capsys) -> None:
+    found = thresholds(toy, "--exits", "saver", "--suffix", "alone", "--drop", "5")
+    assert list(Bundle.open(toy / "toy.bundle").operating_points()) == [
+        "drop_5_alone",
+        "zero_loss_alone",
+    ]
+    for point in found["operating_points"]:
+        assert list(point["thresholds"]) == ["saver"]
+        assert "head1" not in point["chosen_on"]["stage_seconds"]
+    assert cli.main(["thresholds", str(toy / "toy.bundle"), "--data", "x", "--exits", "savr"]) == 2
+    assert "the cascade has no exit 'savr'. Did you mean 'saver'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
