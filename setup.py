@@ -13,10 +13,13 @@ PACKAGES = [
     "edge_runtime.backends.cuda",
     "edge_runtime.backends.tensorrt",
     "engines",
+    "engines.models",
+    "engines.training",
     "calib",
     "calib.cascade_search",
     "bench",
     "bench.gpu",
+    "bench.studies",
 ]
 
 CLI = ["PyYAML", "rich"]  # configuration files and tables
@@ -32,6 +35,8 @@ LINUX_X86_64 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 EXTRAS = {
     "cpu": ["onnxruntime", "Pillow", *CLI],
     "export": ["torch", "onnxscript", *ONNX, *CLI],
+    # Backbones and augmentations; safetensors for weights and checkpoints.
+    "train": ["timm>=1.0.20", "torch", "safetensors", "Pillow", "onnxscript", *ONNX, *CLI],
     "calib": ["scikit-learn", "matplotlib", "Pillow", *ONNX, *CLI],
     "bench": ["matplotlib", "nvidia-ml-py", "onnx>=1.19"],
     "video": ["opencv-python-headless"],

@@ -40,6 +40,7 @@ SECTIONS: dict[str, dict[str, Command]] = {
     },
     "make": {
         "export": Command("engines.export_command", "plain ONNX classifiers -> a bundle"),
+        "train": Command("engines.train_command", "a backbone with exits, a saver, an ESN -> a bundle"),
         "quantize": Command("calib.quantize_command", "a bundle, or one ONNX file, in INT8"),
         "convert": Command("engines.convert_command", "a bundle, or one ONNX file, in FP16"),
         "thresholds": Command("calib.thresholds_command", "operating points from labelled data"),
@@ -59,6 +60,7 @@ SECTIONS: dict[str, dict[str, Command]] = {
             "edge_runtime.evaluate", "accuracy, exits and latency on labelled data"
         ),
         "verify": Command("engines.verify_command", "this device's engines against ONNX Runtime"),
+        "study": Command("bench.study_command", "layers, thresholds or classes, one by one"),
         "bench": Command("bench.latency", "the cascade against its base model, in one run"),
     },
 }

@@ -2,7 +2,7 @@
 
 The 1,797 digits of scikit-learn (8 x 8 grey values; Alpaydin and Kaynak, UCI, 1998) are split into
 disjoint parts for training, for choosing thresholds and for testing. Writes, beside this file,
-digits.bundle, thresholds.npz and test.npz. Takes about a minute on 2 CPU cores:
+digits.bundle, train.npz, thresholds.npz and test.npz. Takes about a minute on 2 CPU cores:
 
     python examples/digits/train.py
     edge-runtime thresholds examples/digits/digits.bundle --data examples/digits/thresholds.npz
@@ -196,7 +196,7 @@ def main() -> None:
         name="digits",
         overwrite=True,
     )
-    for name, data in {"thresholds": thresholds, "test": test}.items():
+    for name, data in {"train": train_data, "thresholds": thresholds, "test": test}.items():
         images, labels = next(data.batches(len(data)))
         np.savez_compressed(out / f"{name}.npz", images=images, labels=labels)
     logger.info("wrote %s in %.0f s; next:", bundle.path, time.monotonic() - begin)

@@ -1,0 +1,1 @@
+"""Backbones, necks and exits in torch, to be trained and exported."""

@@ -1,0 +1,1 @@
+"""Trains what engines.models makes, and exports the best of it as a bundle."""
