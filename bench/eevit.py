@@ -8,7 +8,7 @@ one thread pool and one memory arena. The weights are random.
 
 A path to a later exit is not the same work: the scheduler leaves out the heads of exits that can't
 fire, which the graph can't. Up to the first exit, and in the full run, both run the same layers.
-The warm-up is 20 rounds instead of 200: a round has some twenty runs of the model.
+The warm-up is 10 rounds instead of 200: a round has some twenty runs of the model.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Times = Mapping[str, NDArray[np.float64]]
 
 #: Softmax probabilities lie between these two, so they force an exit and rule it out.
 _ALWAYS, _NEVER = 0.0, 2.0
-_WARM_UP_ROUNDS = 20
+_WARM_UP_ROUNDS = 10
 #: Name of the full run beside those of the exits.
 _FULL = "all heads"
 

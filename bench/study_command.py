@@ -38,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``edge-runtime study``."""
     parser.add_argument("kind", choices=tuple(_OWN))
     options.add_bundle(parser)
-    _add_data(parser)
+    options.add_data(parser, without="a profile takes noise")
     parser.add_argument(
         "--out", metavar="DIR", help="folder for JSON, CSV and pictures (default: none are written)"
     )
@@ -100,26 +100,6 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         console.finish(found)
         raise KeyboardInterrupt
     return found
-
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    """As `options.add_data`, but a profile can do without."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data",
-        metavar="PATH",
-        help="a folder of class folders, or an npz with images and labels; a profile takes noise "
-        "where none is given",
-    )
-    group.add_argument("--part", metavar="K/N", help="use the K-th of N disjoint parts of the data")
-    group.add_argument(
-        "--seed", type=options.whole, default=0, help="seed of everything random (default 0)"
-    )
-    group.add_argument(
-        "--image-size",
-        metavar="HEIGHTxWIDTH",
-        help="size of the camera: images are scaled to cover it and cropped",
-    )
 
 
 def _check(args: argparse.Namespace) -> None:

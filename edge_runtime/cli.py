@@ -40,7 +40,7 @@ SECTIONS: dict[str, dict[str, Command]] = {
     },
     "make": {
         "export": Command("engines.export_command", "plain ONNX classifiers -> a bundle"),
-        "train": Command("engines.train_command", "a backbone with exits, a saver, an ESN -> a bundle"),
+        "train": Command("engines.train_command", "a backbone with exits and a saver -> a bundle"),
         "quantize": Command("calib.quantize_command", "a bundle, or one ONNX file, in INT8"),
         "convert": Command("engines.convert_command", "a bundle, or one ONNX file, in FP16"),
         "thresholds": Command("calib.thresholds_command", "operating points from labelled data"),

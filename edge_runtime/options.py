@@ -74,14 +74,20 @@ def add_bundle(parser: argparse.ArgumentParser, *, backend: str = "onnxrt") -> N
     group.add_argument("--device", type=whole, help="tensorrt: index of the GPU (default 0)")
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
-    """Labelled images."""
+def add_data(parser: argparse.ArgumentParser, *, without: str | None = None) -> None:
+    """Labelled images.
+
+    Args:
+        parser: The command's.
+        without: What the command does where none are given; None where it needs them.
+    """
     group = parser.add_argument_group("data")
+    more = "" if without is None else f"; without it {without}"
     group.add_argument(
         "--data",
-        required=True,
+        required=without is None,
         metavar="PATH",
-        help="a folder of class folders, or an npz with images and labels",
+        help=f"a folder of class folders, or an npz with images and labels{more}",
     )
     group.add_argument("--part", metavar="K/N", help="use the K-th of N disjoint parts of the data")
     group.add_argument(

@@ -146,11 +146,19 @@ def _export(module: nn.Module, samples: Tensor) -> fx.GraphModule:
         warnings.simplefilter("ignore")
         axes: Any = ({0: torch.export.Dim(BATCH)},)
         program = torch.export.export(module, (samples,), dynamic_shapes=axes)
-        program = program.run_decompositions({})
-        _check_stateless(program)
-        functional = program.module()
-    assert isinstance(functional, fx.GraphModule)
-    return functional
+        if not all(map(_is_functional, program.graph.nodes)):
+            program = program.run_decompositions({})
+            _check_stateless(program)
+        graph = program.module()
+    assert isinstance(graph, fx.GraphModule)
+    return graph
+
+
+def _is_functional(node: fx.Node) -> bool:
+    """Whether it writes into no input and holds no graph of its own."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return not node.target._schema.is_mutable
+    return not isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
 def _check_stateless(program: torch.export.ExportedProgram) -> None:

@@ -7,6 +7,7 @@ lists them. The one exception is asked for by name: a classifier for other class
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -22,6 +23,8 @@ _SAFE = ".safetensors"
 _NESTED = ("state_dict", "model")
 #: What wrappers for several GPUs and for compiling put before every name.
 _WRAPPERS = ("module.", "_orig_mod.")
+#: How torch says that a file names a class or a function that it does not allow.
+_OBJECTS = ("GLOBAL", "Can only")
 #: A message lists this many names of each kind.
 _SHOWN = 4
 
@@ -122,13 +125,19 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "nsupported" not in str(error):
-            raise _unreadable(path, error) from error
+        # torch's own text advises to load it without the check.
+        if not any(sign in str(error) for sign in _OBJECTS):
+            raise ConfigError(
+                f"weights {path} can't be read: they are not what torch.save writes of tensors",
+                remedy="Restore the file, or convert it to .safetensors where it was made",
+            ) from error
         raise ConfigError(
             f"weights {path}: besides tensors they hold objects, whose loading can run any code",
-            remedy="Convert them to .safetensors where you trust where they come from",
+            remedy="Convert them to .safetensors, if you trust where they come from",
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError) as error:
         raise _unreadable(path, error) from error

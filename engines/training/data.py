@@ -117,6 +117,7 @@ def _check_counts(data: ImageDataset, name: str, least: int) -> None:
             f"class {data.classes[rare]!r}: images for {name}",
             got=int(counts[rare]),
             expected=f"at least {least}",
+            remedy="Add images of it, remove the class, or keep another share for validation",
         )
 
 

@@ -9,7 +9,6 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
-import edge_runtime as er  # noqa: E402
 from edge_runtime.manifest import Bundle  # noqa: E402
 from engines.training.config import load_training  # noqa: E402
 from engines.training.job import JobOptions, build_model, train  # noqa: E402
@@ -65,7 +64,7 @@ def test_the_bundle_answers_as_the_torch_model_does(trained: Path) -> None:
             }
             module.load_state_dict(own)
     with np.load(trained / "out/thresholds.npz") as data:
-        images, labels = data["images"][:16], data["labels"][:16]
+        images = data["images"][:16]
     found = chain(bundle, images)
     with torch.no_grad():
         expected = model(
@@ -73,9 +72,6 @@ def test_the_bundle_answers_as_the_torch_model_does(trained: Path) -> None:
         )
     for exit_ in bundle.cascade.exits:
         assert np.allclose(found[exit_.logits], expected[exit_.name].numpy(), atol=1e-4)
-    with er.load(bundle) as cascade:
-        right = sum(cascade(i).class_index == int(k) for i, k in zip(images, labels, strict=True))
-    assert right > 8
 
 
 def test_what_it_leaves(trained: Path) -> None:
@@ -193,7 +189,7 @@ def test_two_trainings_in_one_folder_exclude_each_other(tmp_path) -> None:
         (["base.model=residuall"], 2, "unknown backbone 'residuall'. Did you mean 'residual'"),
         (["exits=[[7, pool]]"], 2, "7"),
         (["exits=[[0, pol]]"], 2, "'pool'"),
-        (["base.weights=none.safetensors"], 2, "base: weights"),
+        (["base.weights=none.safetensors"], 2, "there is no such file"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_leaves_no_folder(

@@ -33,12 +33,10 @@ def write(folder: Path, text: str = TEXT) -> Path:
 
 
 def run(config: Path, out: Path, *arguments: str) -> int:
-    """The command with one thread, for results that are the same bit for bit."""
-    return run_command(
-        "edge-runtime train",
-        train_command,
-        [str(config), *arguments, "--out", str(out), "--threads", "1", "--device", "cpu"],
-    )
+    """The command, with one thread for results that are the same bit for bit."""
+    fixed = {"--out": str(out), "--threads": "1", "--device": "cpu"}
+    missing = [x for name, value in fixed.items() if name not in arguments for x in (name, value)]
+    return run_command("edge-runtime train", train_command, [str(config), *arguments, *missing])
 
 
 def phases(*lines: str) -> str:
