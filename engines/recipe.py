@@ -180,20 +180,25 @@ class Recipe:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Class names in the order of the logits; "0", "1", ... where only a number is given.
+        """As `class_names`."""
+        return class_names(self.classes)
 
-        Raises:
-            ConfigError: The file of the labels can't be read.
-        """
-        if isinstance(self.classes, int):
-            return tuple(str(i) for i in range(self.classes))
-        if isinstance(self.classes, tuple):
-            return self.classes
-        try:
-            text = Path(self.classes.file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"classes: {self.classes.file} can't be read: {error}") from error
-        return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+def class_names(classes: int | tuple[str, ...] | LabelsFile) -> tuple[str, ...]:
+    """Class names in the order of the logits; "0", "1", ... where only a number is given.
+
+    Raises:
+        ConfigError: The file of the labels can't be read.
+    """
+    if isinstance(classes, int):
+        return tuple(str(i) for i in range(classes))
+    if isinstance(classes, tuple):
+        return classes
+    try:
+        text = Path(classes.file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"classes: {classes.file} can't be read: {error}") from error
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

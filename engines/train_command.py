@@ -3,8 +3,8 @@
 The file names the data, the preprocessing, the models (a backbone with exits, optionally a saver
 and an exit sequence network) and the phases of the training. The same command again goes on where
 a checkpoint stands; when all is trained it only exports. DIR gets the bundle, log.jsonl,
-training.png, weights/ and, where the validation images are a share of the training data,
-thresholds.npz for edge-runtime thresholds.
+training.png, weights/, calibration.npz (training images, for edge-runtime quantize) and, where the
+validation images are a share of the training data, thresholds.npz for edge-runtime thresholds.
 """
 
 from __future__ import annotations

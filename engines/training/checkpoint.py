@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +117,14 @@ class State:
     seconds: float = 0.0
     stale: int = 0
     best: Best | None = None
-    history: tuple[EpochRecord, ...] = field(default=())
+    history: tuple[EpochRecord, ...] = ()
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        """Refuse a place that no training was ever in."""
+        place = (self.phase, self.epoch, self.step)
+        if min(place) < 0:
+            raise ConfigError("phase, epoch, step", got=list(place), expected=">= 0")
 
 
 class Checkpoints:
@@ -154,6 +160,8 @@ class Checkpoints:
             state = schema.read(State, data, str(self._index))
         except ConfigError as error:
             raise ManifestError(f"the checkpoint is not whole: {error}", remedy=_REMEDY) from error
+        if state.weights is None:
+            raise ManifestError(f"the checkpoint {self._index} has no weights", remedy=_REMEDY)
         differences = _differences(state.identity, schema.plain(identity), "")
         if differences:
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
@@ -286,7 +294,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     for name, value in tensors.items():
         if not name.startswith("optimizer/"):
             continue
-        _, place, key = name.split("/")
+        place, _, key = name.removeprefix("optimizer/").partition("/")
         if not place.isdigit() or int(place) >= len(parameters):
             raise ManifestError(f"the checkpoint has no place for {name}", remedy=_REMEDY)
         parameter = parameters[int(place)]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from edge_runtime import config
 from edge_runtime.errors import ConfigError
 from engines.models.backbones import BackboneRecipe
-from engines.recipe import ImageRecipe, InputRecipe, LabelsFile
+from engines.recipe import ImageRecipe, InputRecipe, LabelsFile, class_names
 
 #: What a phase can train.
 Part = Literal["saver", "backbone", "all", "exits", "esn"]
@@ -338,24 +338,13 @@ class TrainingRecipe:
         Raises:
             ConfigError: The file can't be read, there is one class, or a name appears twice.
         """
-        names = self._class_names()
+        names = class_names(self.classes)
         if len(names) < 2:
             raise ConfigError("classes", got=len(names), expected="at least 2")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ConfigError(f"classes: {twice[0]!r} appears twice")
         return names
-
-    def _class_names(self) -> tuple[str, ...]:
-        if isinstance(self.classes, int):
-            return tuple(str(i) for i in range(self.classes))
-        if isinstance(self.classes, tuple):
-            return self.classes
-        try:
-            text = Path(self.classes.file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"classes: {self.classes.file} can't be read: {error}") from error
-        return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def load_training(path: Path, overrides: Sequence[str] = ()) -> TrainingRecipe:

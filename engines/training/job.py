@@ -32,6 +32,9 @@ from engines.training.loop import LoopOptions, Trainer, accuracies
 #: Images at a time of the last measurement, and samples that the export is verified with.
 _MEASURED, _VERIFIED = 256, 8
 
+#: Training images that are kept for INT8's ranges.
+_CALIBRATION = 1000
+
 
 @dataclass(frozen=True)
 class JobOptions:
@@ -83,8 +86,8 @@ def train(recipe: TrainingRecipe, out: Path, options: JobOptions, console: Conso
     """Train, or go on where a checkpoint stands, and export.
 
     Writes in `out`: `training/`, the checkpoint; `log.jsonl`; `weights/`, one file per component;
-    `thresholds.npz`, the validation images, where they are a share of the training data; and the
-    bundle.
+    `thresholds.npz`, the validation images, where they are a share of the training data;
+    `calibration.npz`, some of the training images; and the bundle.
 
     Args:
         recipe: What is asked for.

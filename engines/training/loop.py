@@ -64,6 +64,15 @@ class Trainer:
         checkpoints: Where it writes.
         console: Where it tells.
         options: How it runs.
+
+    Attributes:
+        recipe: As given.
+        model: As given.
+        training: As given.
+        validation: As given.
+        checkpoints: As given.
+        console: As given.
+        options: As given.
     """
 
     def __init__(
@@ -76,13 +85,13 @@ class Trainer:
         console: Console,
         options: LoopOptions,
     ) -> None:
-        self._recipe = recipe
-        self._model = model
-        self._training = training
-        self._validation = validation
-        self._checkpoints = checkpoints
-        self._console = console
-        self._options = options
+        self.recipe = recipe
+        self.model = model
+        self.training = training
+        self.validation = validation
+        self.checkpoints = checkpoints
+        self.console = console
+        self.options = options
 
     def run(self, state: State, on_epoch: OnEpoch) -> State:
         """Train from where `state` stands to the end; the model then has the best weights.
@@ -102,10 +111,10 @@ class Trainer:
         """
         tensors: Mapping[str, Tensor] = {}
         if state.weights is not None:
-            tensors = self._checkpoints.read(state.weights)
-            load_model(self._model, tensors)
+            tensors = self.checkpoints.read(state.weights)
+            load_model(self.model, tensors)
         with _Stop() as stop:
-            while state.phase < len(self._recipe.phases):
+            while state.phase < len(self.recipe.phases):
                 phase = _Phase(self, state, stop)
                 if state.epoch or state.step:
                     load_optimizer(phase.optimizer, tensors)
@@ -117,18 +126,18 @@ class _Phase:
     """One phase under way."""
 
     def __init__(self, trainer: Trainer, state: State, stop: _Stop) -> None:
-        self._model = trainer._model
-        self._validation = trainer._validation
-        self._checkpoints = trainer._checkpoints
-        self._console = trainer._console
-        self._options = trainer._options
-        self._recipe = trainer._recipe
+        self._model = trainer.model
+        self._validation = trainer.validation
+        self._checkpoints = trainer.checkpoints
+        self._console = trainer.console
+        self._options = trainer.options
+        self._recipe = trainer.recipe
         self._stop = stop
         self._state = state
         self._phase = self._recipe.phases[state.phase]
         self._objective = objective(self._model, self._phase)
         self._feed = Feed(
-            trainer._training, self._phase, state.phase, self._recipe.seed, self._options.workers
+            trainer.training, self._phase, state.phase, self._recipe.seed, self._options.workers
         )
         self._parameters = self._model.train_only(self._objective.components)
         self.optimizer = _optimizer(self._parameters, self._phase)

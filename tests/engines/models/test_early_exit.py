@@ -113,10 +113,10 @@ def test_the_published_variant_has_the_published_numbers_of_parameters() -> None
 
 
 def test_components_of_other_backbones_are_told_apart(models: dict[str, EarlyExit]) -> None:
-    for kind, front in (("swin", "patch embeddings"), ("residual", "stem")):
+    for kind, front, width in (("swin", "patch embeddings", 16), ("residual", "stem", 8)):
         counts = models[kind].parameter_counts()
         assert list(counts)[:3] == [front, "encoder", "exits"]
-        assert counts["classifier"] == 5 * (models[kind].layouts[-1].width + 1)
+        assert counts["classifier"] == 5 * (width + 1)
         parts = [n for name, n in counts.items() if not name.startswith("exit_")]
         assert sum(parts) == sum(p.numel() for p in models[kind].parameters())
     assert models["residual"].parameter_counts()["stem"] == 3 * 9 * 4 + 2 * 4
@@ -314,12 +314,16 @@ def test_exits_that_are_no_exits_are_refused(data: Any, message: str) -> None:
     assert str(raised.value).startswith(message)
 
 
-class Convolutions(nn.Sequential):
-    """Three layers, "0" to "2", on maps of 4 channels."""
+class Convolutions(nn.Module):
+    """Three layers, "blocks.0" to "blocks.2", on maps of 4 channels."""
 
     def __init__(self) -> None:
-        layers = [nn.Sequential(nn.Conv2d(width, 4, 1)) for width in (3, 4, 4)]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(n, 4, 1)) for n in (3, 4, 4)))
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.blocks(x).mean((2, 3)))
 
 
 @pytest.mark.parametrize(
@@ -328,12 +332,12 @@ class Convolutions(nn.Sequential):
         ([[3]], "layer of an exit: got 3, expected 0..2"),
         ([[-1]], "layer of an exit: got -1, expected 0..2"),
         (
-            [["1.0"]],
-            "layer of an exit: the backbone can't be cut after '1.0'. Did you mean '1'? "
-            "Valid: 0, 1, 2",
+            [["block.1"]],
+            "layer of an exit: the backbone can't be cut after 'block.1'. Did you mean 'blocks.1'? "
+            "Valid: blocks.0, blocks.1, blocks.2",
         ),
         ([[1], [0]], "exit 0: it stands after exit 1: got an earlier layer, expected exits in"),
-        ([[1], ["1"]], "exit 1: it stands after exit 1: got a layer twice, expected exits in"),
+        ([[1], ["blocks.1"]], "exit blocks.1: it stands after exit 1: got a layer twice, expected"),
         (
             [[2]],
             "exit 2: this is the last layer. The backbone's own answer follows it; the last exit "

@@ -34,7 +34,6 @@ pytestmark = pytest.mark.torch
         ("phases.0.augment.mixup=-1", "mixup: got -1.0, expected an alpha in [0, 100]"),
         ("phases.0.augment.crop=[0.9, 0.5]", "crop: got [0.9, 0.5], expected [smallest, largest]"),
         ("phases.0.augment.auto=rand-m5-nonsense", "auto: got 'rand-m5-nonsense', expected Rand"),
-        ("phases.0.augment={mixup: 0.8}", None),
         ("phases=[]", "phases: got none, expected at least one"),
         ("data.validation=1.5", "validation: got 1.5, expected a share in (0, 1), or {path: ...}"),
         ("data.train={train: true}", "path, torchvision: got none of them, expected exactly one"),
@@ -51,13 +50,9 @@ pytestmark = pytest.mark.torch
         ("amp=float16", "got 'float16', expected 'bfloat16'"),
     ],
 )
-def test_what_cannot_be_is_refused(tmp_path: Path, override: str, message: str | None) -> None:
-    config = write(tmp_path)
-    if message is None:
-        load_training(config, [override])
-        return
+def test_what_cannot_be_is_refused(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_training(config, [override])
+        load_training(write(tmp_path), [override])
     assert message in str(caught.value)
 
 

@@ -119,7 +119,7 @@ def test_another_seed_gives_other_weights(uninterrupted, tmp_path) -> None:
 def test_frozen_parts_stay_bit_for_bit(tmp_path) -> None:
     parts = ("backbone", "saver", "exits", "esn")
     lines = [f"train: {part}, epochs: 1, batch: 32, rate: 0.02" for part in parts]
-    recipe = load_training(write(tmp_path), [phases(*lines)])
+    recipe = load_training(write(tmp_path), [phases(*lines), "amp=bfloat16"])
     model = build_model(recipe, 10)
 
     def snapshot() -> dict[str, bytes]:
