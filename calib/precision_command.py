@@ -14,7 +14,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from calib.plot_file import check_plot
 from calib.precision_plot import plot
 from calib.precision_report import layer_advice, show, verdict
 from calib.precision_work import Work, measure_and_choose
@@ -27,6 +26,7 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.manifest import Bundle
 from edge_runtime.operating_point import OperatingPoint
 from edge_runtime.schema import plain
+from engines.plot_file import check_plot
 
 _PRECISIONS = ("int8", "fp16")
 #: Which variants are chosen, without and with --at-any-speed.

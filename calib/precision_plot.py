@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.plot_file import BLUE, GREY, ORANGE, new_figure, save_figure
 from calib.precision import at_thresholds
 from calib.precision_work import Work
+from engines.plot_file import BLUE, GREY, ORANGE, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

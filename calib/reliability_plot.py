@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.plot_file import BLUE, GREY, ORANGE, new_figure, save_figure
 from calib.temperature import Reliability
+from engines.plot_file import BLUE, GREY, ORANGE, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

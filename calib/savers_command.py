@@ -17,7 +17,6 @@ from typing import Any
 from calib.cascade_search.signals import METRICS
 from calib.model_costs import add_costs, costs_of, read_costs
 from calib.model_table import ModelTable
-from calib.plot_file import check_plot
 from calib.saver_crossval import Repeats
 from calib.saver_study import SaverStudy
 from calib.savers_plot import check_pairs, plot_pairs
@@ -25,6 +24,7 @@ from calib.savers_report import bases_json, show_bases
 from edge_runtime import options
 from edge_runtime.console import Console
 from edge_runtime.errors import ConfigError
+from engines.plot_file import check_plot
 
 _ALL = "all"
 

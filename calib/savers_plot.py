@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from calib.plot_file import BLUE, ORANGE, new_figure, save_figure
 from calib.saver_selection import PairCurve
 from calib.saver_study import PairFigures
 from edge_runtime.errors import ConfigError
+from engines.plot_file import BLUE, ORANGE, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -27,10 +27,10 @@ from calib.cascade_search.signals import METRICS
 from calib.cascade_search.study import Settings, Study
 from calib.model_costs import add_costs, costs_of, read_costs
 from calib.model_table import ModelTable
-from calib.plot_file import check_plot
 from edge_runtime import options
 from edge_runtime.console import Console
 from edge_runtime.errors import ConfigError
+from engines.plot_file import check_plot
 
 #: Times a search is repeated for its cross-validation by default, by the longest cascade.
 _REPEATS = {2: 10, 3: 1}

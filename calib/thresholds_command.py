@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from calib.exit_table import CostModel, ExitTable
 from calib.guarantee import Certificate, Promise, certify, explain, learning_part
-from calib.plot_file import check_plot
 from calib.reliability_plot import plot
 from calib.tables import PredictionTable, collect, judge, stage_seconds
 from calib.temperature import (
@@ -38,6 +37,7 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.manifest import Bundle
 from edge_runtime.operating_point import OperatingPoint
 from edge_runtime.schema import plain
+from engines.plot_file import check_plot
 
 _DROPS = (0.5, 1.0)
 _EPSILON, _DELTA = 0.01, 0.05

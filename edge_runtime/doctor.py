@@ -38,6 +38,7 @@ _NEEDS = (
     _Need("rich", "cpu", "prints tables and progress"),
     _Need("onnx", "calib", "makes bundles from ONNX files"),
     _Need("torch", "export", "exports torch modules"),
+    _Need("timm", "train", "backbones and augmentations to train with"),
     _Need("cuda.core", "tensorrt", "reaches an NVIDIA GPU, conditional graphs included"),
 )
 

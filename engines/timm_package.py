@@ -33,7 +33,7 @@ def timm() -> ModuleType:
 def _fit_torchvision() -> None:
     """Declare the operators that torchvision's compiled half would have brought."""
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise

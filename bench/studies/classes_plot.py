@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bench.studies.classes import ClassFigures, Order, Samples, ends
 from bench.studies.plots import exit_colours, exit_legend, stacked, text
-from calib.plot_file import BLACK, BLUE, GREY, ORANGE, new_figure, save_figure
+from engines.plot_file import BLACK, BLUE, GREY, ORANGE, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.plot_file import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE
+from engines.plot_file import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Two more of the colours of `calib.plot_file`, for groups.
+#: Two more of the colours of `engines.plot_file`, for groups.
 _SKY, _AMBER = "#56b4e9", "#e69f00"
 _CYCLE = (BLUE, ORANGE, GREEN, PURPLE, _AMBER, _SKY, BLACK)
 #: Entries of a legend in one row.

@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.studies.plots import group_colours, text
 from bench.studies.profile import Group, Rounds
-from calib.plot_file import BLACK, GREY, new_figure, save_figure
+from engines.plot_file import BLACK, GREY, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

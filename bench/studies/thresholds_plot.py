@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.studies.plots import exit_legend, spread_labels, stacked, text
 from bench.studies.thresholds import AtThreshold, Base
-from calib.plot_file import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure, save_figure
+from engines.plot_file import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

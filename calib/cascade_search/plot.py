@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from calib.cascade_search.methods import Method
 from calib.cascade_search.search import CascadePoint
 from calib.cascade_search.study import Outcome
-from calib.plot_file import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure, save_figure
+from engines.plot_file import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.console import Console, percent
-from edge_runtime.errors import EdgeRuntimeError
+from engines.plot_file import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure, save_figure
 from engines.training.checkpoint import EpochRecord
 from engines.training.job import Trained
 
-#: Colours that people with any colour vision tell apart (Okabe and Ito).
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#e69f00", "#56b4e9", BLACK)
 
 
 def describe(trained: Trained, out: Path) -> dict[str, Any]:
@@ -77,25 +75,22 @@ def plot(history: Sequence[EpochRecord], path: Path, title: str) -> bool:
         EdgeRuntimeError: The file can't be written.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        figure = new_figure(8, 6)
     except ImportError:
         return False
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True)
     names = list(dict.fromkeys(name for record in history for name in record.accuracy))
     done = 0
     for records in _by_phase(history):
         epochs = range(done + 1, done + len(records) + 1)
-        above.plot(epochs, [r.loss for r in records], ".-", color="#000000", label="loss")
+        above.plot(epochs, [r.loss for r in records], ".-", color=BLACK, label="loss")
         for i, name in enumerate(names):
             if name in records[0].accuracy:
                 shares = [100 * record.accuracy[name] for record in records]
                 colour = _COLOURS[i % len(_COLOURS)]
                 below.plot(epochs, shares, ".-", color=colour, label=None if done else name)
-        above.axvline(done + 0.5, color="#999999", linewidth=1)
-        below.axvline(done + 0.5, color="#999999", linewidth=1)
+        above.axvline(done + 0.5, color=GREY, linewidth=1)
+        below.axvline(done + 0.5, color=GREY, linewidth=1)
         above.annotate(records[0].train, (done + 0.6, 0.95), xycoords=("data", "axes fraction"))
         done += len(records)
     above.set_ylabel("training loss")
@@ -107,14 +102,7 @@ def plot(history: Sequence[EpochRecord], path: Path, title: str) -> bool:
     shown = [name for name in handles if name in names]
     below.legend([handles[name] for name in shown], shown, fontsize=8)
     figure.suptitle(title)
-    writing = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}")
-    try:
-        figure.savefig(writing, dpi=130)
-        writing.replace(path)
-    except OSError as error:
-        raise EdgeRuntimeError(f"{path} can't be written: {error.strerror or error}") from error
-    finally:
-        writing.unlink(missing_ok=True)
+    save_figure(figure, path)
     return True
 
 

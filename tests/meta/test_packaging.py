@@ -24,6 +24,7 @@ EXTRAS = [
     "jtop",
     "loop",
     "tensorrt",
+    "train",
     "video",
 ]
 
