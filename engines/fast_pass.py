@@ -14,6 +14,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_runtime.errors import ConfigError
@@ -72,33 +73,36 @@ def fast_pass_onnx(
         weights = next(model.parameters())
         pixels = example.detach()[:1].to(weights.device, weights.dtype)
         try:
-            layers, classifier = _layers(model, segments, pixels)
-            arguments = (pixels, torch.from_numpy(defaults).to(weights.device))
-            network = _FastPass(layers, classifier, len(model.heads)).eval()
-            with _silenced("fast pass"):
-                # Strictly: the default capture looks at each If alone, and takes axes that differ
-                # from those of the one before for dynamic.
-                captured = torch.export.export(network, arguments, strict=True)
-                program = torch.onnx.export(
-                    captured,
-                    dynamo=True,
-                    input_names=INPUTS,
-                    output_names=OUTPUTS,
-                    opset_version=opset,
-                    external_data=False,
-                    verbose=False,
-                )
-                assert program is not None  # what dynamo=True promises
-                made = program.model_proto
-                strip_debug_info(made)
-                made.graph.initializer.append(onnx.numpy_helper.from_array(defaults, INPUTS[1]))
-                return cast("bytes", made.SerializeToString())
+            network = _FastPass(*_layers(model, segments, pixels), len(model.heads)).eval()
+            return _export(network, pixels, defaults, opset)
         except MODULE_ERRORS as error:
             cause = error.__cause__ or error
             raise torch_error("fast pass", "can't be exported", cause) from error
 
 
-def _defaults(model: EarlyExit, thresholds: Sequence[float]) -> np.ndarray:
+def _export(network: nn.Module, pixels: Tensor, defaults: NDArray[np.float32], opset: int) -> bytes:
+    arguments = (pixels, torch.from_numpy(defaults).to(pixels.device))
+    with _silenced("fast pass"):
+        # Strictly: the default capture looks at each If alone, and takes axes that differ from
+        # those of the one before for dynamic.
+        captured = torch.export.export(network, arguments, strict=True)
+        program = torch.onnx.export(
+            captured,
+            dynamo=True,
+            input_names=INPUTS,
+            output_names=OUTPUTS,
+            opset_version=opset,
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None  # what dynamo=True promises
+    made = program.model_proto
+    strip_debug_info(made)
+    made.graph.initializer.append(onnx.numpy_helper.from_array(defaults, INPUTS[1]))
+    return cast("bytes", made.SerializeToString())
+
+
+def _defaults(model: EarlyExit, thresholds: Sequence[float]) -> NDArray[np.float32]:
     if not len(model.heads):
         raise ConfigError("a fast pass needs exits", got="a model without any")
     if len(thresholds) != len(model.heads):

@@ -2,7 +2,7 @@
 
 Each early exit is an If. Its then-branch hands out the exit's logits; its else-branch holds the
 stages up to the next exit, and that exit's If. Branches read what was computed outside of them by
-name.
+name. `engines.fast_pass` exports the other baseline, from torch, in which every layer is an If.
 """
 
 from __future__ import annotations
