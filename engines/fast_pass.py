@@ -24,7 +24,7 @@ from engines.monolith import OUTPUTS
 from engines.onnx_graph import strip_debug_info
 from engines.onnx_package import onnx
 from engines.split import split
-from engines.torch_exporter import MODULE_ERRORS, _silenced, torch_error
+from engines.torch_exporter import MODULE_ERRORS, silenced, torch_error
 
 #: What the graph reads.
 INPUTS = ("pixels", "thresholds")
@@ -82,7 +82,7 @@ def fast_pass_onnx(
 
 def _export(network: nn.Module, pixels: Tensor, defaults: NDArray[np.float32], opset: int) -> bytes:
     arguments = (pixels, torch.from_numpy(defaults).to(pixels.device))
-    with _silenced("fast pass"):
+    with silenced("fast pass"):
         # Strictly: the default capture looks at each If alone, and takes axes that differ from
         # those of the one before for dynamic.
         captured = torch.export.export(network, arguments, strict=True)

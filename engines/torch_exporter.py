@@ -58,7 +58,7 @@ def to_onnx(
     """
     exporter = _Exporter(module, tuple(arguments), tuple(inputs), tuple(outputs), opset)
     try:
-        with _silenced(stage):
+        with silenced(stage):
             model = exporter.export()
             if not _any_batch(model):
                 # `len(x)` and the like: the default capture takes the batch for a constant, the
@@ -154,7 +154,7 @@ def _name_batch(model: onnx.ModelProto) -> None:
 
 
 @contextlib.contextmanager
-def _silenced(stage: str) -> Iterator[None]:
+def silenced(stage: str) -> Iterator[None]:
     """Keep what torch's exporter says for our own log at DEBUG; exceptions pass."""
     said = io.StringIO()
     before = logging.root.manager.disable

@@ -473,7 +473,7 @@ def exported(model: nn.Module, at: Sequence[str], example: Tensor, folder: Path)
     )
 
 
-@pytest.mark.parametrize("name", ["swin", "mobilenet"])
+@pytest.mark.parametrize("name", ["swin", pytest.param("mobilenet", marks=pytest.mark.slow)])
 def test_a_bundle_of_segments_gives_what_the_model_gives(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model = model_of(family)
