@@ -108,7 +108,7 @@ def run_command(program: str, module: ModuleType, arguments: Sequence[str]) -> i
         module.configure(parser)
         parser.add_argument("--json", metavar="PATH", help="write the result as JSON; - is stdout")
         parser.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
-        args = parser.parse_args(arguments)
+        args = parser.parse_intermixed_args(arguments)  # KEY=VALUE behind options too
         level = logging.DEBUG if args.verbose else logging.WARNING
         logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
         console = Console(args.json)

@@ -25,6 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "overrides",
         metavar="KEY=VALUE",
         nargs="*",
+        default=[],
         help="replaces a value of the file, such as models.0.input.crop=1.0",
     )
     parser.add_argument(

@@ -24,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "overrides",
         metavar="KEY=VALUE",
         nargs="*",
+        default=[],
         help="replaces a value of the file, such as phases.0.rate=0.001",
     )
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write in")
