@@ -69,7 +69,7 @@ def fast_pass_onnx(
     """
     defaults = _defaults(model, thresholds)
     with evaluating(model), torch.no_grad():
-        segments = split(model.backbone, example, model.layer_names)
+        segments = split(model.backbone, example, model.layer_names, needed_only=False)
         weights = next(model.parameters())
         pixels = example.detach()[:1].to(weights.device, weights.dtype)
         try:

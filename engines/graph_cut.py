@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from edge_runtime.errors import EngineBuildError
 from edge_runtime.tensors import BATCH
+from engines.needed_tokens import Shape, compute_needed_only
 
 _ATEN = torch.ops.aten
 #: What a view of one layout of memory becomes, so that a segment takes tensors of any layout.
@@ -62,12 +63,13 @@ class CutGraph:
             and all(isinstance(axis, int) for axis in value.shape[1:])
         )
 
-    def segment(self, start: fx.Node, end: fx.Node) -> fx.GraphModule:
+    def segment(self, start: fx.Node, end: fx.Node, *, needed_only: bool = False) -> fx.GraphModule:
         """What computes `end` from `start`.
 
         Args:
             start: The image or a separator.
             end: A later node.
+            needed_only: Whether to leave out what is computed for tokens that nothing reads.
 
         Returns:
             A module in eval mode, tensor -> tensor, with the parameters and buffers themselves.
@@ -77,6 +79,10 @@ class CutGraph:
         for node in self._needed(start, end):
             known[node] = self._copy(node, graph, known, known[start])
         graph.output(known[end])
+        if needed_only:
+            values = {copied: node.meta.get("val") for node, copied in known.items()}
+            tensors = {node: v for node, v in values.items() if isinstance(v, Tensor)}
+            compute_needed_only(graph, {node: _shape(v) for node, v in tensors.items()})
         segment = fx.GraphModule(self._graph, graph, "Segment")
         segment.eval()
         return segment
@@ -139,6 +145,12 @@ class CutGraph:
                     separators.add(node)
                 farthest = max(farthest, last_read[node])
         return separators
+
+
+def _shape(tensor: Tensor) -> Shape:
+    """The batch as torch's symbol for it."""
+    sizes: Sequence[Any] = tensor.shape
+    return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
 
 
 def _export(module: nn.Module, samples: Tensor) -> fx.GraphModule:

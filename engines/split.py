@@ -99,14 +99,20 @@ def layers(model: nn.Module, example: Tensor) -> tuple[str, ...]:
         return _Traced(model, _samples(model, example), ()).layers()
 
 
-def split(model: nn.Module, example: Tensor, at: Sequence[str]) -> list[nn.Module]:
+def split(
+    model: nn.Module, example: Tensor, at: Sequence[str], *, needed_only: bool = True
+) -> list[nn.Module]:
     """Split a model into segments that compute, one after another, what it computes.
+
+    A classifier that reads one token of a transformer has the last block compute the others for
+    nothing. That is left out of the last segment, see `engines.needed_tokens`.
 
     Args:
         model: The model; it keeps its modes.
         example: Its input, float, first axis the batch, of any size.
         at: Names of modules, in order of execution: a segment ends with the output of each, a last
             one with the model's own.
+        needed_only: Whether to leave out what is computed for tokens that nothing reads.
 
     Returns:
         `len(at) + 1` modules in eval mode, each of one tensor (batch, ...) -> one tensor
@@ -123,7 +129,7 @@ def split(model: nn.Module, example: Tensor, at: Sequence[str]) -> list[nn.Modul
     with _evaluation(model):
         samples = _samples(model, example)
         traced = _Traced(model, samples, at)
-        segments = traced.segments()
+        segments = traced.segments(needed_only)
         for count in _CHECKED:
             _compare(segments, Taps(model, at), at, samples[:count])
     return segments
@@ -248,7 +254,7 @@ class _Traced:
                 found.setdefault(self._nodes[name], name)
         return tuple(found[node] for node in sorted(found, key=self._graph.position))
 
-    def segments(self) -> list[nn.Module]:
+    def segments(self, needed_only: bool) -> list[nn.Module]:
         """One per cut, and the last."""
         start, before = self._graph.image, ""
         segments: list[nn.Module] = []
@@ -262,7 +268,7 @@ class _Traced:
                 )
             segments.append(self._graph.segment(start, end))
             start, before = end, name
-        segments.append(self._graph.segment(start, self._final))
+        segments.append(self._graph.segment(start, self._final, needed_only=needed_only))
         return segments
 
     def _is_cut(self, node: fx.Node) -> bool:

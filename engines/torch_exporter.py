@@ -10,9 +10,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from edge_runtime.errors import EngineBuildError
 from edge_runtime.tensors import BATCH
-from engines.onnx_graph import strip_debug_info
+from engines.onnx_graph import reads, strip_debug_info
 
 if TYPE_CHECKING:
     import onnx
@@ -65,6 +67,7 @@ def to_onnx(
                 # capture of Python's bytecode does not.
                 model = exporter.export_strictly()
             strip_debug_info(model)
+            _cut_weights(model.graph)
             _name_batch(model)
             data: bytes = model.SerializeToString()
     except MODULE_ERRORS as error:
@@ -143,6 +146,27 @@ def _batch_axes(model: onnx.ModelProto) -> list[Any]:
 
 def _any_batch(model: onnx.ModelProto) -> bool:
     return all(axis.dim_param for axis in _batch_axes(model))
+
+
+def _cut_weights(graph: onnx.GraphProto) -> None:
+    """Make constants of the slices of weights; torch does so with small ones only.
+
+    A runtime would make them when it loads the model, but quantisation looks for constants.
+    """
+    import onnx
+
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    cut: set[str] = set()
+    for node in list(graph.node):
+        if node.op_type == "Slice" and all(name in constants for name in node.input):
+            values = {name: onnx.numpy_helper.to_array(constants[name]) for name in node.input}
+            (part,) = onnx.reference.ReferenceEvaluator(node).run(None, values)
+            graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(part), node.output[0]))
+            graph.node.remove(node)
+            cut.update(node.input)
+    cut.difference_update(*map(reads, graph.node), (value.name for value in graph.output))
+    for name in cut:
+        graph.initializer.remove(constants[name])
 
 
 def _name_batch(model: onnx.ModelProto) -> None:

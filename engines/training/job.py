@@ -172,6 +172,8 @@ class _Job:
         self._write_weights(model)
         if isinstance(recipe.data.validation, float):
             save_arrays(self.validation, self.out / "thresholds.npz")
+        calibration = self.training.balanced(_CALIBRATION, recipe.seed)
+        save_arrays(calibration, self.out / "calibration.npz")
         bundle = self._export(model, state) if options.export else None
         height, width, _ = self.validation.image_shape
         size = (height, width)

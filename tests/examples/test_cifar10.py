@@ -1,0 +1,63 @@
+"""The committed CIFAR-10 bundle: its size, its budgets, and its figures where the images are."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from edge_runtime import Bundle, cli
+from engines.macs import stage_macs
+from tests.engines.test_mobilenets import DATA
+from tests.meta.repository import ROOT, repository_files
+
+BUNDLE = ROOT / "examples" / "cifar10" / "cifar10.bundle"
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return Bundle.open(BUNDLE)
+
+
+def test_saver_and_base_keep_their_budgets(bundle: Bundle) -> None:
+    macs = stage_macs(bundle)
+    assert macs["saver"] <= 8e6
+    assert sum(count for name, count in macs.items() if name.startswith("segment")) <= 80e6
+
+
+def test_all_committed_bundles_together_are_small() -> None:
+    files = [ROOT / name for name in repository_files("examples") if ".bundle/" in name]
+    assert {path.relative_to(ROOT / "examples").parts[0] for path in files} == {
+        "cifar10",
+        "digits",
+        "digits_vit",
+    }
+    assert sum(path.stat().st_size for path in files) < 10e6
+
+
+@pytest.mark.parametrize("name", ["cifar10", "digits", "digits_vit"])
+def test_stages_were_exported_as_they_are_in_torch(name: str) -> None:
+    made = Bundle.open(ROOT / "examples" / name / f"{name}.bundle")
+    errors = made.manifest.provenance["verification"]["worst_relative_error"]
+    assert set(errors) == {stage.name for stage in made.manifest.stages if stage.name in errors}
+    assert {"segment1", "segment2"} <= set(errors)
+    assert max(errors.values()) <= 1e-4
+
+
+def test_the_saver_makes_it_faster_at_no_loss(tmp_path: Path) -> None:
+    """Measured in turn with the base; thresholds are of the training side."""
+    archive = DATA / "cifar10_val.tar.gz"
+    if not archive.is_file():
+        pytest.skip(f"no images in {DATA}: EDGE_SHARED names the folder that has data/")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "val", filter="data")
+    target = tmp_path / "evaluation.json"
+    arguments = ["evaluate", str(BUNDLE), "--data", str(tmp_path / "val")]
+    point = ["--operating-point", "zero_loss_saver", "--json", str(target)]
+    assert cli.main([*arguments, *point]) == 0
+    evaluation = json.loads(target.read_text())["evaluation"]
+    assert evaluation["base_accuracy"] > 0.8
+    assert evaluation["accuracy"] >= evaluation["base_accuracy"] - 0.005
+    assert 1 / evaluation["time_ratio"]["value"] >= 1.5
