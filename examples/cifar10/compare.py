@@ -60,7 +60,7 @@ def main() -> None:
         )
     console.table(
         f"{len(test)} images",
-        ["bundle", "last exit", "old thresholds", "chosen anew", "leaving early"],
+        ["bundle", "last exit", "old thresholds", "chosen anew", "leaving at the first"],
         rows,
     )
 
