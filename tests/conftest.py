@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import gc
 from types import ModuleType
 
 import pytest
@@ -13,3 +14,13 @@ def tensorrt() -> ModuleType:
     if not tensorrt_without_gpu.SUPPORTED:
         pytest.skip("TensorRT's builder without a GPU exists for Linux on x86-64 only")
     return tensorrt_without_gpu.load()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_garbage_collections() -> None:
+    """Collections pass over what earlier modules left alive, of torch's exporter above all.
+
+    They took a second each otherwise, and some tests collect after every call.
+    """
+    gc.collect()
+    gc.freeze()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,10 @@ def measure(
     *,
     clock: Clock = time.perf_counter,
 ) -> Turns:
-    """Give images to every subject in turn, after a warm-up; another one begins with each image.
+    """Give images to every subject in turn, after a warm-up.
+
+    The order is drawn anew for each image: a subject that always came behind a large model would
+    always find the caches cold.
 
     Args:
         data: Images.
@@ -92,13 +95,14 @@ def measure(
     seconds = {name: np.empty((1, len(rows))) for name in names}
     labels = {name: np.empty(len(rows), np.int64) for name in names}
     exits: dict[str, list[str]] = {name: [""] * len(rows) for name in names}
+    rng = np.random.default_rng(0)
     done = 0
     try:
         console.note(f"warming up {len(names)} subject{'s' * (len(names) > 1)}")
         warm_up(each_subject, clock=clock)
         for i, row in enumerate(console.progress(rows.tolist(), "measuring", len(rows))):
             image = data.image(row)
-            for name in _rotated(names, i):
+            for name in rng.permutation(names).tolist():
                 subjects[name].prepare()
                 seconds[name][0, i], labels[name][i], exits[name][i] = _timed(
                     subjects[name].scheduler, image, clock
@@ -137,8 +141,3 @@ def _timed(scheduler: Scheduler, image: NDArray[Any], clock: Clock) -> tuple[flo
     begin = clock()
     (prediction,) = scheduler.classify(image[None])
     return clock() - begin, prediction.label, prediction.exit
-
-
-def _rotated(names: Sequence[str], by: int) -> list[str]:
-    first = by % len(names)
-    return [*names[first:], *names[:first]]

@@ -88,19 +88,16 @@ def plot(history: Sequence[EpochRecord], path: Path, title: str) -> bool:
             if name in records[0].accuracy:
                 shares = [100 * record.accuracy[name] for record in records]
                 colour = _COLOURS[i % len(_COLOURS)]
-                below.plot(epochs, shares, ".-", color=colour, label=None if done else name)
+                below.plot(epochs, shares, ".-", color=colour, label=name)
         above.axvline(done + 0.5, color=GREY, linewidth=1)
         below.axvline(done + 0.5, color=GREY, linewidth=1)
-        above.annotate(records[0].train, (done + 0.6, 0.95), xycoords=("data", "axes fraction"))
+        above.annotate(records[0].train, (done + 0.6, 1.02), xycoords=("data", "axes fraction"))
         done += len(records)
     above.set_ylabel("training loss")
     below.set_ylabel("validation accuracy (%)")
     below.set_xlabel("epoch")
-    handles = {}
-    for line in below.get_lines():
-        handles[str(line.get_label())] = line
-    shown = [name for name in handles if name in names]
-    below.legend([handles[name] for name in shown], shown, fontsize=8)
+    lines = {str(line.get_label()): line for line in below.get_lines()}
+    below.legend([lines[name] for name in names], names, fontsize=8)
     figure.suptitle(title)
     save_figure(figure, path)
     return True
