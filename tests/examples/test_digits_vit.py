@@ -49,7 +49,7 @@ def test_its_training_in_a_shortened_form(tmp_path: Path) -> None:
     from engines.training.config import load_training
     from engines.training.job import JobOptions, train
 
-    recipe = load_training(EXAMPLE / "digits_vit.yaml", ["phases.0.epochs=6", "phases.1.epochs=1"])
+    recipe = load_training(EXAMPLE / "digits_vit.yaml", ["phases.0.epochs=10", "phases.1.epochs=1"])
     trained = train(recipe, tmp_path / "out", JobOptions(), Console())
     made = trained.bundle
     assert made is not None

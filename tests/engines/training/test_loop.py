@@ -77,6 +77,7 @@ def test_ctrl_c_writes_a_checkpoint_that_the_same_command_goes_on_from(
 ) -> None:
     config, out = uninterrupted / "training.yaml", tmp_path / "out"
     step, steps = loop._Phase._step, []
+    before = signal.getsignal(signal.SIGINT)
 
     def interrupted(*arguments):
         steps.append(0)
@@ -90,7 +91,7 @@ def test_ctrl_c_writes_a_checkpoint_that_the_same_command_goes_on_from(
     said = capsys.readouterr().err
     assert len(steps) == 8
     assert "stopped in phase 1/2 (all), epoch 2" in said and "the same command goes on" in said
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     assert run(config, out, VARIED, "--no-export") == 0
     assert "goes on in phase 1, epoch 2, step 3" in capsys.readouterr().err
     assert weights(out) == weights(uninterrupted / "out")
