@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from edge_runtime import Bundle, cli
+from edge_runtime import Bundle
 from engines.macs import stage_macs
 from tests.engines.test_mobilenets import DATA
 from tests.meta.repository import ROOT, repository_files
@@ -46,7 +48,7 @@ def test_stages_were_exported_as_they_are_in_torch(name: str) -> None:
     assert max(errors.values()) <= 1e-4
 
 
-def test_the_saver_makes_it_faster_at_no_loss(tmp_path: Path) -> None:
+def test_the_saver_makes_it_faster_at_half_a_point(tmp_path: Path) -> None:
     """Measured in turn with the base; thresholds are of the training side."""
     archive = DATA / "cifar10_val.tar.gz"
     if not archive.is_file():
@@ -56,10 +58,11 @@ def test_the_saver_makes_it_faster_at_no_loss(tmp_path: Path) -> None:
         tar.extraction_filter = getattr(tarfile, "data_filter", None)
         tar.extractall(tmp_path / "val")
     target = tmp_path / "evaluation.json"
-    arguments = ["evaluate", str(BUNDLE), "--data", str(tmp_path / "val")]
-    point = ["--operating-point", "zero_loss_saver", "--json", str(target)]
-    assert cli.main([*arguments, *point]) == 0
+    # One thread, as the thresholds were chosen for; a process has one pool, so in its own.
+    arguments = ["evaluate", BUNDLE, "--data", tmp_path / "val", "--threads", "1", "--json", target]
+    command = [sys.executable, "-m", "edge_runtime.cli", *map(str, arguments)]
+    subprocess.run([*command, "--operating-point", "drop_0.5_saver"], check=True, cwd=ROOT)
     evaluation = json.loads(target.read_text())["evaluation"]
     assert evaluation["base_accuracy"] > 0.8
     assert evaluation["accuracy"] >= evaluation["base_accuracy"] - 0.005
-    assert 1 / evaluation["time_ratio"]["value"] >= 1.5
+    assert 1 / evaluation["time_ratio"]["value"] >= 1.7
