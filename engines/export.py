@@ -5,10 +5,9 @@ A Python API: a configuration file that named Python code to run would be code i
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from edge_runtime.files import check_target
 from edge_runtime.manifest import Bundle
 from edge_runtime.tensors import BATCH, TensorSpec
 from engines.bundle import BuiltStage, write_bundle
+from engines.eval_mode import evaluating
 from engines.preprocess import PreprocessSpec, camera_image, preprocess_stage
 from engines.torch_exporter import MODULE_ERRORS, to_onnx, torch_error
 from engines.verify import TOLERANCE, run_model, verify
@@ -119,7 +119,7 @@ def export_stages(
         samples_in = run_model(front[0].default, {image.name: samples}, [root])[root]
     else:
         samples_in = samples
-    with _evaluation(stages):
+    with evaluating(*(stage.module for stage in stages)):
         traced = _run(stages, root, samples_in[:_TRACED])
         reference = _run(stages, root, samples_in)
         specs = _specs(stages, traced, reference)
@@ -199,19 +199,6 @@ def _samples(example: NDArray[Any]) -> NDArray[Any]:
     return np.ascontiguousarray(np.concatenate([example, np.array(more)]) if more else example)
 
 
-@contextlib.contextmanager
-def _evaluation(stages: Sequence[TorchStage]) -> Iterator[None]:
-    """Eval mode for all modules; each submodule gets its own mode back."""
-    modes = {module: module.training for stage in stages for module in stage.module.modules()}
-    try:
-        for stage in stages:
-            stage.module.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def _run(stages: Sequence[TorchStage], root: str, samples: NDArray[Any]) -> dict[str, NDArray[Any]]:
     """Run the chain in torch; returns every tensor."""
     import torch
@@ -228,7 +215,7 @@ def _run(stages: Sequence[TorchStage], root: str, samples: NDArray[Any]) -> dict
             with torch.no_grad():
                 result = stage.module(*(known[n].to(_device(stage)) for n in stage.inputs))
         except MODULE_ERRORS as error:
-            raise torch_error(stage.name, "failed", error) from error
+            raise torch_error(f"stage {stage.name!r} failed", error) from error
         known.update(zip(stage.outputs, _outputs(stage, result), strict=True))
     return {name: tensor.detach().cpu().numpy() for name, tensor in known.items()}
 

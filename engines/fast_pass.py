@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_runtime.errors import ConfigError
-from engines.models.backbones import evaluating
+from engines.eval_mode import evaluating
 from engines.models.early_exit import EarlyExit, Highway
 from engines.monolith import OUTPUTS
 from engines.onnx_graph import strip_debug_info
@@ -77,7 +77,7 @@ def fast_pass_onnx(
             return _export(network, pixels, defaults, opset)
         except MODULE_ERRORS as error:
             cause = error.__cause__ or error
-            raise torch_error("fast pass", "can't be exported", cause) from error
+            raise torch_error("the fast pass can't be exported", cause) from error
 
 
 def _export(network: nn.Module, pixels: Tensor, defaults: NDArray[np.float32], opset: int) -> bytes:

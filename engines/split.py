@@ -21,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edge_runtime.errors import ConfigError, EdgeRuntimeError, EngineBuildError
 from edge_runtime.schema import nearest
+from engines.eval_mode import evaluating
 from engines.graph_cut import CutGraph
-from engines.torch_exporter import MODULE_ERRORS
+from engines.torch_exporter import MODULE_ERRORS, torch_error
 from engines.verify import TOLERANCE
 
 #: Two samples are traced (one would be folded into the graph); three show whatever took the traced
@@ -232,7 +233,7 @@ class _Traced:
             raise
         except MODULE_ERRORS as error:
             remedy = "Take the batch from tensor.shape[0], and turn no tensor into Python values"
-            raise _torch_error("the model can't be exported", error, remedy) from error
+            raise torch_error("the model can't be exported", error, remedy) from error
         finally:
             _forget(model)
         *copies, self._final = self._graph.outputs
@@ -387,17 +388,13 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
     Without torch's fused attention for this case too: no exporter and no counter knows it.
     """
-    modes = {module: module.training for module in model.modules()}
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
-            model.eval()
+        with evaluating(model), torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        for module, training in modes.items():
-            module.train(training)  # before its children, which get theirs then
 
 
 def _forget(model: nn.Module) -> None:
@@ -415,13 +412,7 @@ def _run(module: nn.Module, samples: Tensor) -> Any:
     except EdgeRuntimeError:
         raise
     except MODULE_ERRORS as error:
-        raise _torch_error(f"the model failed on shape {tuple(samples.shape)}", error) from error
-
-
-def _torch_error(what: str, error: BaseException, remedy: str | None = None) -> EngineBuildError:
-    first = (str(error).strip().splitlines() or [""])[0]
-    says = f"{what}: torch says: {type(error).__name__}: {first}"
-    return EngineBuildError(says, remedy=remedy)
+        raise torch_error(f"the model failed on shape {tuple(samples.shape)}", error) from error
 
 
 def _check_output(what: str, output: Any) -> None:

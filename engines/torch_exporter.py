@@ -71,7 +71,7 @@ def to_onnx(
             _name_batch(model)
             data: bytes = model.SerializeToString()
     except MODULE_ERRORS as error:
-        raise torch_error(stage, "can't be exported", error.__cause__ or error) from error
+        raise torch_error(f"stage {stage!r} can't be exported", error.__cause__ or error) from error
     if not _any_batch(model):
         raise EngineBuildError(
             f"stage {stage!r} can't be exported: its module fixes the batch",
@@ -133,10 +133,11 @@ class _Exporter:
         return tuple(axes)
 
 
-def torch_error(stage: str, what: str, error: BaseException) -> EngineBuildError:
+def torch_error(what: str, error: BaseException, remedy: str | None = None) -> EngineBuildError:
     """What torch raised as one line; raise it from `error`."""
     first = (str(error).strip().splitlines() or [""])[0]
-    return EngineBuildError(f"stage {stage!r} {what}: torch says: {type(error).__name__}: {first}")
+    said = f"{what}: torch says: {type(error).__name__}: {first}"
+    return EngineBuildError(said, remedy=remedy)
 
 
 def _batch_axes(model: onnx.ModelProto) -> list[Any]:

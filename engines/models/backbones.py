@@ -5,12 +5,11 @@ Nothing is downloaded: a model begins with random weights, or with those of a fi
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from edge_runtime import schema
 from edge_runtime.errors import ConfigError
+from engines.eval_mode import evaluating
 from engines.models.residual import Residual, ResidualOptions
 from engines.models.weights import load_weights
 from engines.timm_package import timm
@@ -127,18 +127,6 @@ def classifier_modules(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in modules.items()
         if name and any(module is head for head in heads)
     }
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode; each submodule gets its own mode back."""
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes.items():
-            m.training = training
 
 
 def _residual(recipe: BackboneRecipe, classes: int, image: Image) -> nn.Module:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from edge_runtime import schema
 from edge_runtime.errors import ConfigError
-from engines.models.backbones import classifier_modules, evaluating
+from engines.eval_mode import evaluating
+from engines.models.backbones import classifier_modules
 from engines.models.features import Layout
 from engines.models.necks import build_neck, read_options
 from engines.split import Taps, equal_macs, layers, split

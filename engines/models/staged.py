@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from edge_runtime.cascade import Exit
 from edge_runtime.errors import ConfigError
 from edge_runtime.schema import nearest
+from engines.eval_mode import evaluating
 from engines.models.early_exit import EarlyExit
 from engines.models.esn import Esn, check_logits
 from engines.torch_exporter import MODULE_ERRORS, torch_error
@@ -198,15 +199,11 @@ class StagedModel(nn.Module):
         """Refuse a saver that does not answer with the base's classes."""
         if self.saver is None:
             return
-        modes = {module: module.training for module in self.saver.modules()}
         try:
-            with torch.no_grad():
-                logits = self.saver.eval()(example[:1])
+            with evaluating(self.saver), torch.no_grad():
+                logits = self.saver(example[:1])
         except MODULE_ERRORS as error:
-            raise torch_error("saver", "failed", error) from error
-        finally:
-            for module, training in modes.items():
-                module.training = training
+            raise torch_error("stage 'saver' failed", error) from error
         check_logits("logits of the saver", logits, self.base.classes)
 
     def describe(self) -> dict[str, Any]:
