@@ -3,7 +3,7 @@
 EdgeRuntimeError
 ├─ ConfigError (ValueError)          options, YAML or a data folder ask for something that can't be
 ├─ InputError (ValueError)           an image that doesn't fit the opened cascade
-├─ ManifestError                     a bundle, one of its files or an operating point is not whole
+├─ ManifestError                     a bundle, an operating point or a result file is not whole
 ├─ BackendUnavailable (ImportError)  a package or a device is missing; names the extra to install
 ├─ BackendError                      a stage failed while it was opened or run; ``.stage`` names it
 │  └─ CudaError                      the CUDA driver or runtime refused
@@ -68,7 +68,7 @@ class InputError(EdgeRuntimeError, ValueError):
 
 
 class ManifestError(EdgeRuntimeError):
-    """A bundle, one of its files or an operating point is not whole."""
+    """A bundle, one of its files, an operating point or a result file is not whole."""
 
 
 class BackendUnavailable(EdgeRuntimeError, ImportError):

@@ -1,0 +1,1 @@
+"""What people look at: tables, charts and the page that holds them."""
