@@ -12,13 +12,18 @@ PACKAGES = [
     "edge_runtime.backends",
     "edge_runtime.backends.cuda",
     "edge_runtime.backends.tensorrt",
+    "edge_runtime.power",
     "engines",
     "engines.models",
     "engines.training",
     "calib",
     "calib.cascade_search",
     "bench",
+    "bench.compare",
     "bench.gpu",
+    "bench.latency",
+    "bench.report",
+    "bench.simulate",
     "bench.studies",
 ]
 

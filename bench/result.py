@@ -81,6 +81,18 @@ class Distribution:
     jitter: float | None = None
     curve: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse what no durations have.
+
+        Raises:
+            ConfigError: A negative time or count, or a curve of another length.
+        """
+        known = (self.mean, self.p50, self.p90, self.p99, self.p999, self.max, self.jitter)
+        if self.count < 1 or min(0.0 if one is None else one for one in known) < 0:
+            raise ConfigError("durations", got=f"count {self.count}, {known}", expected=">= 0")
+        if len(self.curve) not in (0, len(QUANTILES)):
+            raise ConfigError("curve", got=len(self.curve), expected=f"0 or {len(QUANTILES)}")
+
     @classmethod
     def of(cls, seconds: ArrayLike, *, curve: bool = False) -> Distribution:
         """Sum up one or more durations, given in the order in which they were measured."""
@@ -103,8 +115,13 @@ class Distribution:
         )
 
 
+def _check_share(name: str, share: float | None) -> None:
+    if share is not None and not 0 <= share <= 1:
+        raise ConfigError(name, got=share, expected="0 to 1")
+
+
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class SubjectFigures:
     """One thing that classified every frame in turn with the others.
 
     Attributes:
@@ -151,6 +168,15 @@ class ExitFigures:
     forced: Distribution | None = None
     joules: float | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse shares that are none.
+
+        Raises:
+            ConfigError: A share or accuracy is not within [0, 1].
+        """
+        _check_share("share", self.share)
+        _check_share("accuracy", self.accuracy)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageFigures:
@@ -169,6 +195,10 @@ class StageFigures:
     precision: str
     share: float
     latency: Distribution | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a share that is none."""
+        _check_share("share", self.share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,7 +464,7 @@ class Result:
     inference: Distribution | None = None
     host_gap: Distribution | None = None
     enqueue_share: float | None = None
-    subjects: tuple[Subject, ...] = ()
+    subjects: tuple[SubjectFigures, ...] = ()
     stages: tuple[StageFigures, ...] = ()
     pruned: tuple[str, ...] = ()
     expectation: Expectation | None = None
@@ -450,11 +480,24 @@ class Result:
     notes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
+    def __post_init__(self) -> None:
+        """Refuse a result that contradicts itself.
+
+        Raises:
+            ConfigError: An accuracy is not within [0, 1], or two exits or subjects have one name.
+        """
+        _check_share("accuracy", self.accuracy)
+        _check_share("base_accuracy", self.base_accuracy)
+        for what, parts in (("exits", self.exits), ("subjects", self.subjects)):
+            names = [one.name for one in parts]
+            if len(set(names)) < len(names) or (what == "exits" and not names):
+                raise ConfigError(what, got=", ".join(names) or "none", expected="distinct names")
+
     def exit(self, name: str) -> ExitFigures:
         """The figures of an exit."""
         return next(one for one in self.exits if one.name == name)
 
-    def subject(self, name: str) -> Subject | None:
+    def subject(self, name: str) -> SubjectFigures | None:
         """The figures of a subject, None where it was not measured."""
         return next((one for one in self.subjects if one.name == name), None)
 

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import edge_runtime as er
-from bench.latency import one_session
+from bench.latency.lineup import one_session
 from edge_runtime import device, options
 from edge_runtime.backends.fake import FakeBackend
 from edge_runtime.backends.onnxrt import OnnxRuntimeBackend, OnnxRuntimeOptions
@@ -166,7 +166,7 @@ def staged_times(
         never = OperatingPoint("base", policy="never")
         base, one = opened(never), opened(never, whole)
         heads = opened(OperatingPoint.all_exits(bundle.cascade))
-        bare = one_session(whole.stage_model("whole", "fp32"), base, settings)
+        bare = one_session(whole.stage_model("whole", "fp32"), image.shape[:2], settings)
         subjects: dict[str, Callable[[], object]] = {
             "bare_session": lambda: bare(image),
             "one_piece": lambda: one(image),

@@ -61,7 +61,13 @@ SECTIONS: dict[str, dict[str, Command]] = {
         ),
         "verify": Command("engines.verify_command", "this device's engines against ONNX Runtime"),
         "study": Command("bench.study_command", "layers, thresholds or classes, one by one"),
-        "bench": Command("bench.latency", "the cascade against its base model, in one run"),
+        "bench": Command(
+            "bench.latency.command", "latency, exits, energy and baselines, in one run"
+        ),
+        "compare": Command("bench.compare.command", "two or more results of bench, side by side"),
+        "simulate": Command(
+            "bench.simulate.command", "operating points on a device that isn't here"
+        ),
     },
 }
 COMMANDS = {name: command for section in SECTIONS.values() for name, command in section.items()}

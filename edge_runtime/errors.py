@@ -8,6 +8,8 @@ EdgeRuntimeError
 ├─ BackendError                      a stage failed while it was opened or run; ``.stage`` names it
 │  └─ CudaError                      the CUDA driver or runtime refused
 ├─ EngineBuildError                  a stage could not be exported, converted or built
+├─ PowerError                        a sensor of power or energy is missing, refused or was lost
+│  └─ BadReading                     one reading that can't be used; the next may be good
 └─ CalibrationError                  data can't support the number that was asked of it
 
 A message says what, got against expected, and how to mend it, on one line.
@@ -107,6 +109,16 @@ class CudaError(BackendError):
 
 class EngineBuildError(EdgeRuntimeError):
     """A stage could not be exported, converted or built."""
+
+
+class PowerError(EdgeRuntimeError):
+    """A sensor of power or energy is missing, refused or was lost."""
+
+    exit_code = 3
+
+
+class BadReading(PowerError):
+    """One reading that can't be used, such as a negative power; the next may be good."""
 
 
 class CalibrationError(EdgeRuntimeError):

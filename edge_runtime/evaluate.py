@@ -211,24 +211,42 @@ def verdict(evaluation: Evaluation, base_exit: str) -> str:
     """
     if len(evaluation.exits) == 1 and evaluation.exits[0].exit == base_exit:
         return "No early exit is active at this operating point: it is the base model itself."
-    gain = (evaluation.accuracy - evaluation.base_accuracy) * 100
-    times = evaluation.time_ratio
-    accuracy = (
-        f"The cascade is right on {percent(evaluation.accuracy)}, its base model alone on "
-        f"{percent(evaluation.base_accuracy)} ({gain:+.1f} points)."
+    return payoff(
+        evaluation.accuracy,
+        evaluation.base_accuracy,
+        evaluation.latency.mean,
+        evaluation.base_latency.mean,
+        evaluation.time_ratio,
+    )
+
+
+def payoff(
+    accuracy: float, base_accuracy: float, mean_s: float, base_mean_s: float, times: Ratio
+) -> str:
+    """What a cascade costs and brings against its base model, in two sentences.
+
+    Args:
+        accuracy: Of the cascade, in [0, 1].
+        base_accuracy: Of the base model.
+        mean_s: Mean seconds of the cascade.
+        base_mean_s: Mean seconds of the base model.
+        times: Time of the cascade over that of the base model.
+    """
+    gain = (accuracy - base_accuracy) * 100
+    right = (
+        f"The cascade is right on {percent(accuracy)}, its base model alone on "
+        f"{percent(base_accuracy)} ({gain:+.1f} points)."
     )
     measured = (
-        f"{milliseconds(evaluation.latency.mean)} ms on average against "
-        f"{milliseconds(evaluation.base_latency.mean)} ms: {times} of the base's time"
+        f"{milliseconds(mean_s)} ms on average against {milliseconds(base_mean_s)} ms: {times} "
+        "of the base's time"
     )
-    if evaluation.pays:
+    if times.high < 1:
         speed_up = f"{1 / times.value:.2f} times faster [{1 / times.high:.2f}, {1 / times.low:.2f}]"
-        return f"{accuracy}\nIt takes {measured}, {speed_up}."
+        return f"{right}\nIt takes {measured}, {speed_up}."
     if times.low > 1:
-        return (
-            f"{accuracy}\nThis cascade does NOT pay here: {measured}, {times.value - 1:.0%} more."
-        )
-    return f"{accuracy}\nThis cascade does not clearly pay here: {measured}, no difference shown."
+        return f"{right}\nThis cascade does NOT pay here: {measured}, {times.value - 1:.0%} more."
+    return f"{right}\nThis cascade does not clearly pay here: {measured}, no difference shown."
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

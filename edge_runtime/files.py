@@ -70,7 +70,7 @@ def parse_json(data: bytes, what: str) -> Any:
         _check_depth(value)
     except (ValueError, RecursionError) as error:
         raise ManifestError(
-            f"{what} is not whole: {error}", remedy="Restore it or export it again"
+            f"{what} is not whole: {error}", remedy="Restore it, or make it again"
         ) from error
     return value
 

@@ -121,12 +121,25 @@ def ratio(
         raise ValueError(f"series of one length: got {a.shape} and {b.shape}")
     block = max(1, min(block, rounds // 4))
     starts = np.random.default_rng(seed).integers(0, rounds, (resamples, -(-rounds // block)))
+    if statistic is np.mean:
+        values = _block_sums(a, block)[starts].sum(axis=1) / _block_sums(b, block)[starts].sum(
+            axis=1
+        )
+        low, high = np.percentile(values, [2.5, 97.5])
+        return Ratio(float(a.mean() / b.mean()), float(low), float(high))
     values = np.empty(resamples)
     for i, row in enumerate(starts):
         rows = ((row[:, None] + np.arange(block)) % rounds).ravel()[:rounds]
         values[i] = statistic(a[rows]) / statistic(b[rows])
     low, high = np.percentile(values, [2.5, 97.5])
     return Ratio(float(statistic(a) / statistic(b)), float(low), float(high))
+
+
+def _block_sums(values: NDArray[np.float64], block: int) -> NDArray[np.float64]:
+    """Sum of the block that begins at each value, around the end, shape as `values`."""
+    around = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[: block - 1]]))])
+    sums: NDArray[np.float64] = around[block:] - around[:-block]
+    return sums
 
 
 def warm_up(

@@ -19,8 +19,8 @@ from bench.result import (
     Result,
     Span,
     StageFigures,
-    Subject,
     SubjectEnergy,
+    SubjectFigures,
     Throughput,
 )
 from edge_runtime import OperatingPoint
@@ -71,7 +71,7 @@ def made_up_result(name: str = "Orin NX", slower: float = 1.0, **changes: Any) -
     expected = float(np.dot(SHARES, seconds))
     base = seconds[-1]
     subjects = [
-        Subject(
+        SubjectFigures(
             name=subject,
             what=what,
             latency=distribution(mean, frames, 5),
@@ -84,7 +84,7 @@ def made_up_result(name: str = "Orin NX", slower: float = 1.0, **changes: Any) -
             ("base as one session", "the last exit alone, one ONNX Runtime session", 0.98 * base),
         )
     ]
-    cascade = Subject(
+    cascade = SubjectFigures(
         name="cascade",
         what="at the operating point",
         latency=Distribution.of(mixed, curve=True),

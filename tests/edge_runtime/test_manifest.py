@@ -112,7 +112,7 @@ class TestAltered:
     def test_a_truncated_manifest(self, folder, share):
         text = (folder / "manifest.json").read_bytes()
         (folder / "manifest.json").write_bytes(text[: int(len(text) * share)])
-        with refused(ManifestError, "manifest.json is not whole", "export it again"):
+        with refused(ManifestError, "manifest.json is not whole", "make it again"):
             Bundle.open(folder)
 
     def test_a_manifest_that_is_no_file(self, folder):

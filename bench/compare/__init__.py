@@ -1,0 +1,1 @@
+"""Results of the bench side by side: two machines, two runs, or a run and published figures."""
