@@ -167,13 +167,6 @@ def _constant(node: Node) -> Call:
     return lambda: value
 
 
-def _constant_of_shape(node: Node) -> Call:
-    fill = node.get("value")
-    value = torch.zeros(1) if fill is None else tensor_of(fill)
-    shape = node.numbers(0) or []
-    return lambda: value.expand(shape).clone() if shape else value.reshape(())
-
-
 def _shape(node: Node) -> Call:
     shape = list(node.value().shape)[node.get("start", 0) : node.get("end")]
     device = node.value().device
@@ -582,7 +575,6 @@ OPERATORS: dict[str, Callable[[Node], Call]] = {
     "Clip": _clip,
     "Concat": _concat,
     "Constant": _constant,
-    "ConstantOfShape": _constant_of_shape,
     "Conv": _conv,
     "DequantizeLinear": _dequantize_linear,
     "Div": _div,

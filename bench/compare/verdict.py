@@ -20,6 +20,9 @@ def verdicts(results: Sequence[Result]) -> tuple[str, ...]:
     """A sentence per result on how it compares with the first, and one per unstable result."""
     first = results[0]
     said = [_verdict(result, first) for result in results[1:]]
+    if len({result.images for result in results}) > 1:
+        seen = ", ".join(f"{result.name} {result.images}" for result in results)
+        said.append(f"The runs got through different numbers of images: {seen}.")
     for result in results:
         if result.unstable:
             said.append(f"{result.name} was unstable: {'; '.join(result.unstable)}.")

@@ -142,10 +142,10 @@ def _measured(
     console: Console,
 ) -> Result:
     """Open everything, measure it, and put the result together."""
-    facts = stamp()
     found = find(gpu=(args.device or 0) if args.backend == "tensorrt" else None)
     with ExitStack() as stack:
-        clocks_locked = stack.enter_context(locked(args.lock_clocks, console))
+        clocks_locked = stack.enter_context(locked(args.lock_clocks, console, gpu=args.device or 0))
+        facts = stamp()
         lineup = open_lineup(args, bundle, frames, point, baselines, stack)
         check_batches(args.batch, lineup.cascade)
         run_ = Run(bundle, frames, lineup, seed=args.seed)

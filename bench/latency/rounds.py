@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +26,8 @@ from edge_runtime.timing import Clock
 LEAST_ROUNDS = 20
 #: A warm-up has this many rounds unless told otherwise, and lasts 0.2 s at least.
 WARM_UP_ROUNDS, WARM_UP_S = 200, 0.2
+#: Rounds, and seconds, after which subjects in processes of their own have their turns at most.
+_BLOCK, _BLOCK_S = 20, 1.0
 
 
 class Recording:
@@ -46,6 +48,10 @@ class Recording:
         self._seconds.append(answer.seconds)
         self._exits.append(self._position.get(answer.exit, -1))
         self._labels.append(answer.label)
+
+    def __len__(self) -> int:
+        """Number of frames."""
+        return len(self._labels)
 
     def cut(self, rounds: int) -> None:
         """Forget what came after some rounds."""
@@ -168,9 +174,18 @@ class Rounds:
         """Number of rounds."""
         return len(self.rows)
 
+    @property
+    def finished(self) -> int:
+        """Rounds that every subject has finished."""
+        return min(len(one) for one in self.recordings.values())
+
 
 class Measurement:
     """Subjects in turn, first to warm up, then to be measured.
+
+    Those that live in a process of their own take their turns in blocks, some frames at once:
+    before each, all threads here have to come to rest, which takes longer than a small model's
+    frame.
 
     Args:
         frames: What is classified, over and over.
@@ -190,11 +205,14 @@ class Measurement:
         clock: Clock = time.perf_counter,
     ) -> None:
         self._frames = frames
-        self._subjects = subjects
+        self._here = [one for one in subjects if not one.apart]
+        self._apart = [one for one in subjects if one.apart]
         self._exits = exits
         self._rng = np.random.default_rng(seed)
         self._clock = clock
         self._warm_up_s = 0.0
+        #: Rounds until those apart have their turn.
+        self._block = 1
 
     def warm_up(self, rounds: int, console: Console) -> float:
         """Run all subjects without recording.
@@ -207,24 +225,25 @@ class Measurement:
             Seconds that one round takes.
         """
         begin = self._clock()
-        spent: list[float] = []
-        for turn in console.progress(_while(rounds, begin, self._clock), "warming up", rounds):
-            start = self._clock()
-            self._round(turn, {})
-            spent.append(self._clock() - start)
+        done, per_round = 0, 0.0
+        with console.status("warming up") as tell:
+            while done < rounds or self._clock() - begin < WARM_UP_S:
+                start = self._clock()
+                self._rounds(range(done, done + self._block), {})
+                per_round = (self._clock() - start) / self._block
+                done += self._block
+                if self._apart:
+                    self._block = max(1, min(_BLOCK, int(_BLOCK_S / max(per_round, 1e-9))))
+                tell(f"{done} of {rounds} rounds")
         self._warm_up_s = self._clock() - begin
-        return float(np.median(spent[-max(1, len(spent) // 2) :]))
+        return per_round
 
     def count(self, rounds: int) -> Rounds:
         """Measure a number of rounds."""
         found = self._nothing()
-        takes: dict[str, list[Take]] = {
-            name: [one.add] for name, one in found.recordings.items()
-        }
         begin = self._clock()
-        for turn in range(rounds):
-            self._round(turn, takes)
-        return self._finished(found, rounds, begin)
+        self._rounds(range(rounds), {name: [one.add] for name, one in found.recordings.items()})
+        return self._finished(found, begin)
 
     def measure(
         self, seconds: float, console: Console, takes: dict[str, list[Take]] | None = None
@@ -248,42 +267,41 @@ class Measurement:
         try:
             with console.status("measuring") as tell:
                 while (spent := self._clock() - begin) < seconds or done < LEAST_ROUNDS:
-                    self._round(done, all_takes)
-                    done += 1
-                    if not done % LEAST_ROUNDS:
-                        tell(f"{done} rounds, {spent:.0f} of {seconds:.0f} s")
+                    self._rounds(range(done, done + self._block), all_takes)
+                    done += self._block
+                    tell(f"{done} rounds, {spent:.0f} of {seconds:.0f} s")
         except KeyboardInterrupt:
-            if done < LEAST_ROUNDS:
+            if found.finished < LEAST_ROUNDS:
                 raise
-            console.note(f"interrupted: {done} rounds were measured")
+            console.note(f"interrupted: {found.finished} rounds were measured")
             found.interrupted = True
-        return self._finished(found, done, begin)
+        return self._finished(found, begin)
 
     def _nothing(self) -> Rounds:
-        recordings = {subject.name: Recording(self._exits) for subject in self._subjects}
-        return Rounds(recordings, warm_up_s=self._warm_up_s)
+        everyone = (*self._here, *self._apart)
+        return Rounds(
+            {one.name: Recording(self._exits) for one in everyone}, warm_up_s=self._warm_up_s
+        )
 
-    def _finished(self, found: Rounds, done: int, begin: float) -> Rounds:
+    def _finished(self, found: Rounds, begin: float) -> Rounds:
         found.measured_s = self._clock() - begin
+        done = found.finished
         for one in found.recordings.values():
             one.cut(done)
         found.rows = np.arange(done) % len(self._frames)
         return found
 
-    def _round(self, turn: int, takes: dict[str, list[Take]]) -> None:
-        """One frame for every subject."""
-        image = self._frames.images[turn % len(self._frames)]
-        for i in self._rng.permutation(len(self._subjects)).tolist():
-            subject = self._subjects[i]
-            subject.prepare(turn)
-            answer = subject.classify(image)
-            for take in takes.get(subject.name, ()):
-                take(answer)
+    def _rounds(self, turns: range, takes: dict[str, list[Take]]) -> None:
+        """Some frames for every subject."""
+        for turn in turns:
+            for i in self._rng.permutation(len(self._here)).tolist():
+                self._turn(self._here[i], turn, takes)
+        for i in self._rng.permutation(len(self._apart)).tolist():
+            for turn in turns:
+                self._turn(self._apart[i], turn, takes)
 
-
-def _while(rounds: int, begin: float, clock: Clock) -> Iterator[int]:
-    """Count on until both `rounds` and the least time have passed."""
-    turn = 0
-    while turn < rounds or clock() - begin < WARM_UP_S:
-        yield turn
-        turn += 1
+    def _turn(self, subject: Subject, turn: int, takes: dict[str, list[Take]]) -> None:
+        subject.prepare(turn)
+        answer = subject.classify(self._frames.images[turn % len(self._frames)])
+        for take in takes.get(subject.name, ()):
+            take(answer)

@@ -10,12 +10,16 @@ from edge_runtime.console import milliseconds, percent
 from edge_runtime.evaluate import payoff
 from edge_runtime.timing import Ratio
 
+_TAIL = ("p50", "p90", "p99", "p999", "max")
 _PERCENTILES = ((0.5, "p50"), (0.9, "p90"), (0.99, "p99"), (0.999, "p99.9"))
 
 
 def tables(result: Result) -> list[Table]:
     """All that was measured, as tables."""
-    found = [exits_table(result), subjects_table(result)]
+    found = [exits_table(result)]
+    if result.inference is not None:
+        found.append(inference_table(result))
+    found.append(subjects_table(result))
     if result.stages:
         found.append(stages_table(result))
     if result.throughput:
@@ -30,40 +34,56 @@ def sentences(result: Result) -> list[str]:
 
 
 def exits_table(result: Result) -> Table:
-    """What left where."""
+    """What left where, and what it took from image to answer."""
     energy = any(one.joules is not None for one in result.exits)
     rows = []
     for one in result.exits:
         if not one.evaluated:
-            rows.append((one.name, "pruned", *["-"] * (6 + energy)))
+            rows.append((one.name, "pruned", *["-"] * (8 + energy)))
             continue
         rows.append(
             (
                 one.name,
+                str(one.count),
                 percent(one.share),
                 _percent(one.accuracy),
-                *_cells(one.latency, "mean", "p50", "p99"),
-                *_cells(one.inference, "p50"),
-                *_cells(one.forced, "mean"),
+                *_cells(one.latency, "mean", *_TAIL),
                 *([_millijoules(one.joules)] if energy else []),
             )
         )
+    total = result.end_to_end
     rows.append(
         (
             "all",
+            str(total.count),
             percent(1.0),
             _percent(result.accuracy),
-            *_cells(result.end_to_end, "mean", "p50", "p99"),
-            *_cells(result.inference, "p50"),
-            "-",
+            *_cells(total, "mean", *_TAIL),
             *(["-"] if energy else []),
         )
     )
-    columns = ["exit", "share", "accuracy", "mean", "p50", "p99", "inference p50", "always here"]
+    columns = ["exit", "frames", "share", "accuracy", "mean", "p50", "p90", "p99", "p99.9", "max"]
     point = result.operating_point
     return Table(
-        f"{point.name if point else 'the cascade'} on {result.images} images, ms",
+        f"{point.name if point else 'the cascade'} on {result.images} images, ms end to end",
         (*columns, *(["mJ always here"] if energy else [])),
+        tuple(rows),
+    )
+
+
+def inference_table(result: Result) -> Table:
+    """The same without preprocessing."""
+    rows = [
+        (name, str(one.count), *_cells(one, "mean", *_TAIL))
+        for name, one in [
+            *((exit_.name, exit_.inference) for exit_ in result.exits),
+            ("all", result.inference),
+        ]
+        if one is not None
+    ]
+    return Table(
+        "inference alone, without preprocessing, ms",
+        ("exit", "frames", "mean", "p50", "p90", "p99", "p99.9", "max"),
         tuple(rows),
     )
 
@@ -73,7 +93,7 @@ def subjects_table(result: Result) -> Table:
     rows = [
         (
             one.name,
-            *_cells(one.latency, "mean", "p50", "p90", "p99", "p999", "max", "jitter"),
+            *_cells(one.latency, "mean", *_TAIL, "jitter"),
             str(one.over_cascade) if one.name != "cascade" and one.over_cascade else "1",
         )
         for one in result.subjects
@@ -104,7 +124,7 @@ def stages_table(result: Result) -> Table:
             one.name,
             one.precision,
             percent(one.share),
-            *_cells(one.latency, "mean", "p50", "p90", "p99", "max"),
+            *_cells(one.latency, "mean", *_TAIL),
         )
         for one in result.stages
     ]
@@ -119,7 +139,7 @@ def stages_table(result: Result) -> Table:
         )
     return Table(
         "stages of the cascade, ms",
-        ("stage", "precision", "frames", "mean", "p50", "p90", "p99", "max"),
+        ("stage", "precision", "frames", "mean", "p50", "p90", "p99", "p99.9", "max"),
         tuple(rows),
         tuple(notes),
     )

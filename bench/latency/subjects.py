@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,11 @@ class Subject(Protocol):
         """What it is, in a few words."""
         ...
 
+    @property
+    def apart(self) -> bool:
+        """Whether it lives in a process of its own."""
+        ...
+
     def prepare(self, turn: int) -> None:
         """Get ready for a frame, untimed.
 
@@ -79,6 +84,7 @@ class Staged:
     scheduler: Scheduler
     points: Sequence[OperatingPoint]
     deadline_s: float | None = None
+    apart: ClassVar[bool] = False
 
     def prepare(self, turn: int) -> None:
         """Switch to the point, where the scheduler is at another one."""
@@ -110,6 +116,7 @@ class Session:
     what: str
     run: Callable[[NDArray[np.uint8]], Any]
     exits: tuple[str, ...] = ()
+    apart: ClassVar[bool] = False
 
     def prepare(self, turn: int) -> None:
         """There is nothing to do."""
@@ -136,6 +143,7 @@ class Elsewhere:
     name: str
     what: str
     process: OtherProcess
+    apart: ClassVar[bool] = True
 
     def prepare(self, turn: int) -> None:
         """There is nothing to do."""

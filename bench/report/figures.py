@@ -151,7 +151,8 @@ def latency(results: Sequence[Result]) -> Figure | None:
         name = f"{label(result.name, 22)}, " if several else ""
         colour = result_colour(i)
         lines += _line(result.end_to_end, f"{name}cascade", colour, "-")
-        lines += _line(base and base.latency, f"{name}base", colour if several else ORANGE, "--")
+        if base is not None:
+            lines += _line(base.latency, f"{name}base", colour if several else ORANGE, "--")
     if not lines:
         return None
     figure = new_figure(WIDTH, 2.9 + 0.19 * min(len(lines), _MOST_LINES))
@@ -183,6 +184,7 @@ def latency_per_exit(results: Sequence[Result]) -> Figure | None:
     high = 2.7 if len(panels) == 1 else 2.2
     figure = new_figure(WIDTH, len(panels) * (high + 0.19 * legend))
     grid = figure.subplots(len(panels), squeeze=False)
+    figure.set_layout_engine("constrained", hspace=0.06)
     extent = np.concatenate([line.curve[[0, -1]] for _, lines in panels for line in lines])
     for axes, (result, lines) in zip(grid.flat, panels, strict=True):
         _cumulative(axes, lines, extent)
@@ -400,16 +402,17 @@ def _energy_bars(result: Result, owner: int, *, several: bool) -> Iterator[_Bar]
     """Of the exits in order, then of the cascade and the base by the first reader that told."""
     exits = [one for one in result.exits if one.evaluated]
     reader = next((one for one in result.energy if one.subjects), None)
-    told = [reader.of(name) if reader is not None else None for name in ("cascade", "base")]
-    rows = [
-        *((f"left at {one.name}", one.joules, None) for one in exits),
-        *(
-            (name, of and of.joules_per_frame, of and of.spread)
-            for name, of in zip(("cascade, mean", "base"), told, strict=True)
-        ),
+    rows: list[tuple[str, float | None, float | None, str]] = [
+        (f"left at {one.name}", one.joules, None, colour)
+        for one, colour in zip(exits, exit_colours(len(exits)), strict=False)
     ]
-    colours = [*exit_colours(len(exits)), *_PAIR][-len(rows) :]
-    for (row, joules, spread), colour in zip(rows, colours, strict=True):
+    for name, row, colour in zip(
+        ("cascade", "base"), ("cascade, mean", "base"), _PAIR, strict=True
+    ):
+        of = reader.of(name) if reader is not None else None
+        if of is not None:
+            rows.append((row, of.joules_per_frame, of.spread, colour))
+    for row, joules, spread, colour in rows:
         if joules is None or not fits(joules):
             continue
         half = joules * min(max(spread or 0.0, 0.0), 1.0)
@@ -437,8 +440,8 @@ def throughput(results: Sequence[Result]) -> Figure | None:
                 words = number(value)
                 if name == "cascade":
                     low, high = number(one.speed_up.low), number(one.speed_up.high)
-                    times = f"{number(one.speed_up.value)}×"
-                    words += f", {times} base" + ("" if several else f" [{low}, {high}]")
+                    times = f"{number(one.speed_up.value)} times"
+                    words += f", {times} base" if several else f"\n{times} base [{low}, {high}]"
                 colour = result_colour(i) if several else single
                 row = f"batch {one.batch}: {name}"
                 found.append(_Bar(row, i, value, value, value, words, colour))
@@ -446,7 +449,7 @@ def throughput(results: Sequence[Result]) -> Figure | None:
         return None
     figure, axes, _ = _grouped(results, found, dots=False)
     axes.set_xlabel("images per second")
-    axes.margins(x=0.55 if not several else 0.35)
+    axes.margins(x=0.6 if several else 0.8)
     axes.set_xlim(left=0)
     return figure
 
@@ -498,7 +501,7 @@ def _grouped(
 def _legend_results(axes: Axes, results: Sequence[Result], owners: Sequence[int]) -> None:
     from matplotlib.patches import Patch
 
-    axes.figure.legend(  # type: ignore[union-attr]
+    axes.figure.legend(
         handles=[Patch(color=result_colour(i), label=label(results[i].name, 40)) for i in owners],
         loc="outside lower left",
         fontsize=SMALL,
@@ -526,8 +529,8 @@ _CHARTS: tuple[tuple[str, str, str, Callable[[Sequence[Result]], Figure | None]]
     (
         "ratios",
         "Against the baselines",
-        "Each dot is a baseline's time over the cascade's in the same run with its 95\u00a0% interval: "
-        "right of the line it is slower than the cascade.",
+        "Each dot is a baseline's time over the cascade's in the same run with its "
+        "95\u00a0% interval: right of the line it is slower than the cascade.",
         ratios,
     ),
     (

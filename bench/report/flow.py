@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from bench.report.palette import PLAIN, SMALL, SOFT, WIDTH, exit_colours
-from bench.report.words import UNKNOWN, label, milliseconds, percent
+from bench.report.words import label, milliseconds, percent
 from bench.result import ExitFigures, Result
 from engines.plot_file import BLACK, GREY, new_figure
 
@@ -83,7 +83,8 @@ def _groups(exits: Sequence[ExitFigures]) -> list[tuple[ExitFigures, ...]]:
     """Every evaluated exit alone, neighbours that are not evaluated together."""
     found: list[tuple[ExitFigures, ...]] = []
     for evaluated, run in groupby(exits, key=lambda one: one.evaluated):
-        found.extend(((one,) for one in run) if evaluated else (tuple(run),))
+        together = tuple(run)
+        found.extend([(one,) for one in together] if evaluated else [together])
     return found
 
 
@@ -164,14 +165,15 @@ def _band(middle: float, bottom: float, thick: float) -> Outline:
 def _name_exit(axes: Axes, column: _Column) -> None:
     one = column.exits[0]
     longest = round(column.width * _UNIT * 72 / (0.62 * PLAIN))
-    lines = (
+    lines = [
         (label(one.name, longest), PLAIN, BLACK, "bold"),
         (f"{percent(one.share, 0)} of frames", SMALL, BLACK, "normal"),
-        (f"{percent(one.accuracy)} right", SMALL, SOFT, "normal"),
-        (milliseconds(one.latency.mean if one.latency else None), SMALL, SOFT, "normal"),
-    )
-    known = [line for line in lines if not line[0].startswith(UNKNOWN)]
-    for place, (words, size, colour, weight) in enumerate(known):
+    ]
+    if one.accuracy is not None:
+        lines.append((f"{percent(one.accuracy)} right", SMALL, SOFT, "normal"))
+    if one.latency is not None:
+        lines.append((milliseconds(one.latency.mean), SMALL, SOFT, "normal"))
+    for place, (words, size, colour, weight) in enumerate(lines):
         axes.text(
             column.middle,
             _FOOT - 0.08 - 0.24 * place,

@@ -117,7 +117,7 @@ def _header(results: Sequence[Result], title: str) -> Iterable[str]:
 def _warnings(results: Sequence[Result]) -> Iterable[str]:
     for result in results:
         if result.unstable:
-            words = "This run was not stable, so its numbers are not to be trusted"
+            words = "This run was not stable: trust its ratios more than its times"
             yield '<div class="warn" role="note">'
             yield f"<p><strong>{_safe(_whose(results, result))}{words}:</strong></p>"
             yield _list(result.unstable)
@@ -158,7 +158,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
     if ratio is not None:
         between = f"{number(ratio.low)} to {number(ratio.high)}"
         words = f"as long for the base model; 95\u00a0% interval {between}"
-        facts.append((f"{number(ratio.value)}×", words))
+        facts.append((f"{number(ratio.value)} times", words))
     if result.accuracy is not None:
         beside = result.base_accuracy
         of_base = f"; of the base model {percent(beside)}" if beside is not None else ""

@@ -100,8 +100,8 @@ def calm(axes: Axes, grid: str = "both") -> None:
     for side in ("left", "bottom"):
         axes.spines[side].set_color(GREY)
     axes.tick_params(labelsize=SMALL, color=GREY, labelcolor=BLACK)
-    axes.xaxis.label.set_size(SMALL)
-    axes.yaxis.label.set_size(SMALL)
+    axes.xaxis.label.set_fontsize(SMALL)
+    axes.yaxis.label.set_fontsize(SMALL)
     axes.grid(axis=grid, color=FAINT, linewidth=0.6)  # type: ignore[arg-type]
     axes.set_axisbelow(True)
 

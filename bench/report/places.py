@@ -38,7 +38,7 @@ def place_words(
     """
     axes.figure.canvas.draw()
     frame = axes.get_window_extent()
-    points = axes.figure.dpi / 72  # type: ignore[union-attr]
+    points = axes.figure.dpi / 72
     marks = [tuple(axes.transData.transform((x, y))) for x, y, _ in words]
     taken: list[_Box] = [_around(x, y, 4 * points) for x, y in marks]
     placed = []

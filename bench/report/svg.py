@@ -11,6 +11,7 @@ from bench.report.figures import Chart, without_glyph_warnings
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _HREF = f"{{{_XLINK}}}href"
 _POINTS_AT = re.compile(r"url\(#([^)]+)\)")
+_FAMILY = re.compile(r"font-family:[^;]*;?\s*")
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
@@ -26,11 +27,16 @@ def inline_svg(chart: Chart) -> str:
     from matplotlib import rc_context
 
     written = io.BytesIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": chart.name, "font.family": "DejaVu Sans"}
-    with rc_context(settings), without_glyph_warnings():
+    with (
+        rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.name}),
+        without_glyph_warnings(),
+    ):
         chart.figure.savefig(written, format="svg", metadata=_NO_METADATA)
     root = ElementTree.fromstring(written.getvalue())
     _drop(root, f"{{{_SVG}}}metadata", f"{{{_SVG}}}style")
+    for words in root.iter(f"{{{_SVG}}}text"):
+        # The page says in which letters; matplotlib's list would be repeated for every word.
+        words.set("style", _FAMILY.sub("", words.get("style", "")))
     _own_ids(root, f"{chart.name}-")
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)

@@ -118,14 +118,14 @@ def _draw(axes: Axes, rows: Sequence[_Row]) -> None:
     axes.set_yticks([y for _, y in bars], [label(row.words, 18) for row, _ in bars])
     for tick, (row, _) in zip(axes.get_yticklabels(), bars, strict=True):
         tick.set_color(SOFT if row.kind == "decide" else BLACK)
-        tick.set_size(SMALL - 0.5)
+        tick.set_fontsize(SMALL - 0.5)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_ylim(place - 0.3, -0.8)
     axes.set_xlim(-0.02 * end, 1.02 * end)
     axes.set_xlabel("from the frame's begin, ms")
     kinds = dict.fromkeys(row.kind for row, _ in bars)
-    axes.figure.legend(  # type: ignore[union-attr]
+    axes.figure.legend(
         handles=[Patch(color=kind_colour(kind), label=label(kind, 12)) for kind in list(kinds)[:6]],
         loc="outside lower center",
         ncols=min(len(kinds), 6),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from unicodedata import category
 
 #: What stands in for a figure that is not known.
-UNKNOWN = "–"
+UNKNOWN = "-"
 
 
 def clean(words: str) -> str:

@@ -2,10 +2,10 @@
 
 Each run measures the cascade and, in the same rounds, a scheduler that fills a latency table. The
 order of the two is drawn anew in every round, and before each an image goes through the base model,
-untimed: both find the caches as another model has left them. Then each run is simulated, from its own table and
-from the one of the run before, for the images that it measured. The runs are of the same cascade,
-so that the spread of their p99 is what any measured p99 is worth here; the simulated p99 should lie
-within it.
+untimed: both find the caches as another model has left them. Then each run is simulated, from its
+own table and from the one of the run before, for the images that it measured. The runs are of the
+same cascade, so that the spread of their p99 is what any measured p99 is worth here; the simulated
+p99 should lie within it.
 
     python -m bench.simulate.check BUNDLE --data DATA --runs 10 --seconds 5
 """

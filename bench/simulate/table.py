@@ -12,6 +12,10 @@ Where frames leave says how warm the caches are: a stage that few frames reach f
 takes up to a quarter longer than where every frame goes to the end. So the frames of a table leave
 at every exit in turn. Each is a row; what it did not run it takes from the frame nearest in time
 that did.
+
+The host's work around the stages takes longer, too, behind stages that evicted it from the caches.
+The column of it is of frames that left at the first exit; what it takes more behind a later one is
+in the column of the first stage on the way there.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,16 +32,16 @@ from numpy.typing import NDArray
 from bench.result import LatencyTable
 from calib.tables import around_seconds, deciding_seconds, durations
 from edge_runtime.cascade import Cascade, Plan
-from edge_runtime.confidence import Metric, bounds
+from edge_runtime.confidence import Metric
 from edge_runtime.errors import ConfigError
 from edge_runtime.operating_point import OperatingPoint
+from edge_runtime.policy import Policy, Threshold
 from edge_runtime.prediction import Prediction
 
 #: Rows of a table at most.
 MOST_ROWS = 2000
 
-#: By it logits are divided where no signal may reach a threshold: all become equal.
-_FLAT = 1e30
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class TableRows:
@@ -100,6 +105,7 @@ class TableRows:
         for name, column in zip(self._exits, rows[:, len(self._stages) :].T, strict=False):
             if np.isnan(column).all():
                 raise ConfigError(f"a latency table: none of {len(rows)} frames reached {name!r}")
+        self._move_what_stages_cost_the_rest(rows)
         taken = np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS)).round().astype(np.intp)
         whole = np.maximum(0, _nearest(rows)[taken] * 1e6).round(2)
         stages, exits = len(self._stages), len(self._exits)
@@ -113,48 +119,56 @@ class TableRows:
             watts=dict(watts or {}),
         )
 
+    def _move_what_stages_cost_the_rest(self, rows: NDArray[np.float64]) -> None:
+        """Make the last column one of frames that left at the first exit; see the module."""
+        first = len(self._stages)
+        around, left = rows[:, -1], (~np.isnan(rows[:, first:-1])).sum(axis=1) - 1
+        seen = np.unique(left).tolist()
+        medians = [float(np.median(around[left == position])) for position in seen]
+        for position, (before, median) in zip(seen[1:], pairwise(medians), strict=True):
+            stages = self._plan.steps[position].stages
+            if stages:
+                rows[:, self._stages.index(stages[0].name)] += max(0.0, median - before)
+        around[left != seen[0]] = math.nan
+
+
+@dataclass(frozen=True)
+class LeaveAt(OperatingPoint):
+    """A point that evaluates all exits and leaves at one, whatever the logits are.
+
+    Its rule is a threshold, which costs what the thresholds of other points do.
+
+    Attributes:
+        position: Index of the exit.
+    """
+
+    position: int = 0
+
+    def policy_for(self, cascade: Cascade) -> Policy:
+        """Thresholds that no signal reaches, up to one that every signal does."""
+        early = range(len(cascade.exits) - 1)
+        return Threshold(
+            tuple(math.inf if i < self.position else -_LARGEST for i in early), -math.inf
+        )
+
 
 def table_points(
     cascade: Cascade, metric: Metric, variants: Mapping[str, str]
-) -> tuple[OperatingPoint, ...]:
-    """Points that evaluate all exits by a metric and leave at one, whatever the logits are.
+) -> tuple[LeaveAt, ...]:
+    """Points for the frames of a table, one per exit of the cascade, in order.
 
-    A scheduler that was opened at one of them can switch to the others.
+    A scheduler that was opened at one of them can switch to the others. The device must not be the
+    one that decides.
 
     Args:
         cascade: The cascade.
         metric: The signal; judging takes longer by some than by others.
         variants: Stage name -> precision.
-
-    Returns:
-        One point per exit of the cascade, in order.
     """
-    names = [exit_.name for exit_ in cascade.exits]
-    early = names[:-1]
-    lowest, highest = bounds(metric, len(cascade.classes))
-    # Every exit is sure enough, and the streak is long enough at one of them.
-    points = [
-        OperatingPoint(
-            name=f"leave-at-{position}",
-            policy="patient_and_confident",
-            metric=metric,
-            thresholds=dict.fromkeys(early, lowest),
-            patience=position + 1,
-            variants=variants,
-        )
-        for position in range(len(early))
-    ]
-    if not early:
-        return (OperatingPoint("leave-at-0", policy="never", metric=metric, variants=variants),)
-    # The first is never sure, and the streak stays one too short.
-    first = early[0]
-    last = replace(
-        points[-1],
-        name=f"leave-at-{len(early)}",
-        thresholds={**points[-1].thresholds, first: highest},
-        temperatures={first: _FLAT},
+    return tuple(
+        LeaveAt(f"leave-at-{i}", metric=metric, variants=variants, position=i)
+        for i in range(len(cascade.exits))
     )
-    return (*points, last)
 
 
 def merge(tables: Sequence[LatencyTable]) -> LatencyTable:

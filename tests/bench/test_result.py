@@ -62,7 +62,7 @@ def test_a_file_that_does_not_fit_says_where(
     path = tmp_path / "a.json"
     write_result(made_up_result(), path)
     altered(path, *keys, value=value)
-    with pytest.raises(ManifestError, match="result .*a.json") as caught:
+    with pytest.raises(ManifestError, match=r"result .*a\.json") as caught:
         read_result(path)
     assert expected in str(caught.value)
 

@@ -19,7 +19,7 @@ def written(folder: Path, *results: Result) -> list[str]:
 
 
 def platforms(path: Path, rows: Sequence[str] | None = None) -> Path:
-    """Write a CSV of two platforms, 200 rows each: exit 10 after exit 9, then the last layer."""
+    """Write a CSV of two platforms, 1,000 rows each: exit 10 after exit 9, then the last layer."""
     path.write_text("\n".join([HEAD, *(made_up_rows() if rows is None else rows), ""]))
     return path
 
@@ -29,9 +29,9 @@ def made_up_rows() -> list[str]:
     rows = []
     for platform, factor in (("slow", 1.0), ("fast", 0.5)):
         for exit_, accuracy, count, ms in (
-            ("exit_10", 50.0, 60, 20.0),
-            ("exit_9", 90.0, 120, 10.0),
-            ("final", 40.0, 20, 30.0),
+            ("exit_10", 50.0, 300, 20.0),
+            ("exit_9", 90.0, 600, 10.0),
+            ("final", 40.0, 100, 30.0),
         ):
             rows += [
                 f"{platform},{exit_},{accuracy},{factor * (ms + 0.01 * (i % 7)):.4f}"

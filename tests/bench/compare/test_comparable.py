@@ -29,7 +29,6 @@ def _runs(**changes: Any) -> tuple[Run, Run]:
         ({"bundle": "c" * 64}, "bundle"),
         ({"data": "e" * 64}, "data"),
         ({"data": ""}, "data"),
-        ({"images": 400}, "data"),
         ({"method": "another"}, "method"),
         ({"batch": 8}, "batch"),
         ({"deadline": Deadline(seconds=0.01, missed=0, cut_short=0, frames=9)}, "deadline"),
@@ -60,15 +59,17 @@ def test_another_experiment_is_refused_by_name(changes: dict[str, Any], what: st
     assert check_comparable(runs, anyway=True) == hindrances(runs)
 
 
+def test_a_slower_machine_that_sees_fewer_of_the_images_is_comparable() -> None:
+    assert hindrances(_runs(images=400)) == []
+
+
 def test_every_hindrance_of_every_file_is_listed() -> None:
     first, second = _runs(batch=4, data="e" * 64)
     third = Run("c.json", made_up_result("third", method="another"))
     with pytest.raises(ConfigError) as caught:
         check_comparable((first, second, third), anyway=False)
     message = str(caught.value)
-    assert (
-        "b.json: data: got eeeeeeeeeeee, 500 images, expected dddddddddddd, 500 images" in message
-    )
+    assert "b.json: data: got eeeeeeeeeeee, expected dddddddddddd" in message
     assert "b.json: batch: got 4, expected 1" in message
     assert "c.json: method: got another" in message
 

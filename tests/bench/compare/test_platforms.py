@@ -23,18 +23,19 @@ def test_each_platform_is_a_result_with_its_exits_in_order(tmp_path: Path) -> No
     assert (slow.name, fast.name, slow.kind) == ("slow", "fast", "reference")
     assert slow.bundle == "EEVIT ViT-B/16, 2 exits"
     assert [exit_.name for exit_ in slow.exits] == ["exit_9", "exit_10", "final"]
-    assert [exit_.count for exit_ in slow.exits] == [120, 60, 20]
+    assert [exit_.count for exit_ in slow.exits] == [600, 300, 100]
     assert [exit_.accuracy for exit_ in slow.exits] == [0.9, 0.5, 0.4]
     assert slow.accuracy == pytest.approx(0.6 * 0.9 + 0.3 * 0.5 + 0.1 * 0.4)
     assert slow.end_to_end.mean == pytest.approx(15.03e-3, rel=1e-3)
     assert fast.end_to_end.mean == pytest.approx(slow.end_to_end.mean / 2, rel=1e-3)
-    assert slow.end_to_end.p99 is None, "200 rows do not tell it"
+    assert slow.end_to_end.p99 is not None
+    assert slow.end_to_end.p999 is None, "1,000 rows do not tell it"
 
 
 def test_blocks_of_rows_grouped_by_exit_hold_a_part_of_each_exit(tmp_path: Path) -> None:
     slow = read_platforms(platforms(tmp_path / "p.csv"))[0]
     blocks = slow.subjects[0].blocks
-    assert len(blocks) == 4
+    assert len(blocks) == 20
     np.testing.assert_allclose(blocks, slow.end_to_end.mean, rtol=0.01)
 
 

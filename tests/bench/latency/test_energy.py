@@ -40,7 +40,7 @@ class Meter(EnergyCounter):
 class Sleeper:
     """A subject that takes a millisecond."""
 
-    name, what = "cascade", ""
+    name, what, apart = "cascade", "", False
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter

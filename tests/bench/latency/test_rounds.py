@@ -23,6 +23,8 @@ EXITS = ("saver", "middle", "final")
 class Scripted:
     """A subject that takes a fixed time of a fake clock."""
 
+    apart = False
+
     def __init__(self, name: str, seconds: float, clock: FakeClock, log: list[str]) -> None:
         self.name, self.what = name, ""
         self._seconds, self._clock, self._log = seconds, clock, log
@@ -58,6 +60,19 @@ def test_every_subject_sees_every_frame_and_comes_first_about_as_often() -> None
     for recording in found.recordings.values():
         assert recording.labels.tolist() == found.rows.tolist()
         assert recording.exits.tolist() == (found.rows % 3).tolist()
+
+
+def test_who_lives_apart_sees_the_same_frames_in_blocks() -> None:
+    clock, log = FakeClock(), []
+    here, apart = (Scripted(name, 0.001, clock, log) for name in "ab")
+    apart.apart = True
+    measurement = Measurement(frames(), [here, apart], EXITS, clock=clock)
+    measurement.warm_up(40, quiet())
+    log.clear()
+    found = measurement.measure(1.0, quiet())
+    assert log[:40] == ["a"] * 20 + ["b"] * 20
+    labels = [one.labels.tolist() for one in found.recordings.values()]
+    assert labels[0] == labels[1] == found.rows.tolist()
 
 
 def test_it_goes_on_for_the_asked_time() -> None:

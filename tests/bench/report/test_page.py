@@ -67,6 +67,7 @@ def test_a_page_says_what_was_measured_and_how():
     for words in (
         "my-cascade at zero_loss on Orin NX, onnxrt (host), 1,000 frames",
         "as long for the base model; 95\u00a0% interval 3.46 to 3.68",
+        "3.57 times",
         "90 %",
         "PyTorch eager: the package torch is not installed",
         "saver 0.9, middle 0.8",
@@ -144,7 +145,7 @@ def test_what_a_result_file_says_is_never_markup():
         backend=evil,
         mode=evil,
         environment={"machine": {"cpu": evil}, evil: evil},
-        exits=tuple(replace(one, name=evil) for one in whole.exits),
+        exits=tuple(replace(one, name=f"{i}{evil}") for i, one in enumerate(whole.exits)),
         stages=tuple(replace(one, name=evil, precision=evil) for one in whole.stages),
         points=tuple(replace(one, name=evil) for one in whole.points),
         frames=tuple(
@@ -153,7 +154,7 @@ def test_what_a_result_file_says_is_never_markup():
             )
             for one in whole.frames
         ),
-        subjects=tuple(replace(one, name=evil) for one in whole.subjects),
+        subjects=tuple(replace(one, name=f"{i}{evil}") for i, one in enumerate(whole.subjects)),
         energy=(replace(made_up_energy(), reader=evil, problem=evil),),
         no_energy=evil,
         pruned=(evil,),
