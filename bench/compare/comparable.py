@@ -111,3 +111,60 @@ def _data(result: Result) -> str:
     if not result.data:
         return "noise"
     return result.data if result.kind == "reference" else result.data[:_HASH]
+
+
+def _deadline(result: Result) -> str:
+    return f"{milliseconds(result.deadline.seconds)} ms" if result.deadline else "none"
+
+
+def _of_points(
+    one: OperatingPoint | None, first: OperatingPoint | None
+) -> list[tuple[str, str, str]]:
+    if one is None or first is None:
+        names = [point.name if point else "not told" for point in (one, first)]
+        return [("operating point", names[0], names[1])]
+    aspects: tuple[tuple[str, Callable[[OperatingPoint], str]], ...] = (
+        ("policy", lambda point: point.policy),
+        ("metric", lambda point: point.metric),
+        ("thresholds", lambda point: _numbers(point.thresholds)),
+        ("temperatures", _temperatures),
+        ("patience", lambda point: str(point.patience)),
+    )
+    return [(what, text(one), text(first)) for what, text in aspects]
+
+
+def _temperatures(point: OperatingPoint) -> str:
+    """Without those of 1, which change nothing."""
+    return _numbers({name: value for name, value in point.temperatures.items() if value != 1})
+
+
+def _numbers(values: Mapping[str, float | None]) -> str:
+    """Names and numbers by name; one that is null says as much as one that is absent."""
+    known = [f"{name} {value!r}" for name, value in sorted(values.items()) if value is not None]
+    return ", ".join(known) or "none"
+
+
+def _of_precisions(one: Result, first: Result) -> list[tuple[str, str, str]]:
+    """Stages of both that ran at different precisions; the points' variants without stages."""
+    if one.stages and first.stages:
+        mine, theirs = _precisions(one.stages), _precisions(first.stages)
+        names = [name for name in theirs if name in mine]
+    else:
+        mine, theirs = _variants(one), _variants(first)
+        names = sorted({**mine, **theirs})
+    other = [name for name in names if mine.get(name) != theirs.get(name)]
+    if not other:
+        return []
+    got, expected = (
+        ", ".join(f"{name} {have.get(name, 'as it comes')}" for name in other)
+        for have in (mine, theirs)
+    )
+    return [("precision of stages", got, expected)]
+
+
+def _precisions(stages: Sequence[StageFigures]) -> dict[str, str]:
+    return {stage.name: stage.precision for stage in stages}
+
+
+def _variants(result: Result) -> dict[str, str]:
+    return dict(result.operating_point.variants) if result.operating_point else {}

@@ -60,7 +60,7 @@ def test_another_experiment_is_refused_by_name(changes: dict[str, Any], what: st
 
 
 def test_a_slower_machine_that_sees_fewer_of_the_images_is_comparable() -> None:
-    assert hindrances(_runs(images=400)) == []
+    assert hindrances(_runs(images=400)) == ()
 
 
 def test_every_hindrance_of_every_file_is_listed() -> None:
