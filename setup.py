@@ -22,6 +22,7 @@ PACKAGES = [
     "bench.compare",
     "bench.gpu",
     "bench.latency",
+    "bench.machine",
     "bench.report",
     "bench.simulate",
     "bench.studies",

@@ -416,7 +416,7 @@ class Result:
         batch: Images per frame of the single stream; 1.
         warm_up_s: Seconds of warm-up.
         measured_s: Seconds of measuring.
-        environment: What the machine was: see `bench.environment`.
+        environment: What the machine was: see `bench.machine.environment`.
         accuracy: Of the cascade, in [0, 1]; None where labels are not known.
         base_accuracy: Of the base model, on the same frames.
         end_to_end: The cascade's latency.

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +26,7 @@ from numpy.typing import NDArray
 
 import edge_runtime as er
 from bench.latency.lineup import one_session
+from bench.latency.naive import OtherProcess
 from edge_runtime import device, options
 from edge_runtime.backends.fake import FakeBackend
 from edge_runtime.backends.onnxrt import OnnxRuntimeBackend, OnnxRuntimeOptions
@@ -52,21 +51,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=options.whole, default=0, help="0: one per core (default)"
     )
-    parser.add_argument("--naive-of", metavar="BUNDLE", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Export the model, measure all subjects, print the ratios."""
-    if args.naive_of:
-        naive = naive_times(er.Bundle.open(args.naive_of), args.rounds, args.threads)
-        return {"seconds": naive.tolist()}
     with tempfile.TemporaryDirectory() as folder:
         console.note("exporting a ViT-Tiny with random weights")
         bundle = export_vit_tiny(Path(folder) / "vit_tiny.bundle")
         whole = in_one_piece(bundle, Path(folder) / "one_piece.bundle")
         times, error = staged_times(bundle, whole, args.rounds, args.threads, console)
         console.note("measuring the naive variant in a process of its own")
-        times["naive"] = _naive_in_own_process(bundle, args.rounds, args.threads)
+        times["naive"] = naive_times(bundle, args.rounds, args.threads)
     found = {
         "staged_without_heads": ratio(times["staged_without_heads"], times["one_piece"]),
         "staged_with_heads": ratio(times["staged_with_heads"], times["one_piece"]),
@@ -186,11 +181,15 @@ def staged_times(
 
 
 def naive_times(bundle: er.Bundle, rounds: int, threads: int) -> NDArray[np.float64]:
-    """Seconds of the staged model, all heads evaluated, with a thread pool per session."""
-    settings = OnnxRuntimeOptions(threads=threads, threading="per_session")
-    image = _image()
-    with _scheduler(bundle, OperatingPoint.all_exits(bundle.cascade), settings) as naive:
-        return _measure({"naive": lambda: naive(image)}, rounds, None)["naive"]
+    """Seconds of the staged model, all heads evaluated, with a thread pool per session.
+
+    Measured in a process of its own.
+    """
+    image, point = _image(), OperatingPoint.all_exits(bundle.cascade)
+    size = (image.shape[0], image.shape[1])
+    with OtherProcess(bundle.path, point, size, kind="naive", threads=threads) as naive:
+        warm_up(lambda: naive.classify(image), clock=time.perf_counter)
+        return np.array([naive.classify(image).seconds for _ in range(rounds)])
 
 
 def scheduler_seconds_per_stage() -> float:
@@ -222,27 +221,16 @@ def scheduler_seconds_per_stage() -> float:
     return float(np.median(costs)) / len(stages)
 
 
-def _measure(
-    subjects: Mapping[str, Callable[[], object]], rounds: int, console: Console | None
-) -> Times:
+def _measure(subjects: Mapping[str, Callable[[], object]], rounds: int, console: Console) -> Times:
     def once() -> None:
         for subject in subjects.values():
             subject()
 
     warm_up(once, clock=time.perf_counter)
-    if console is None:
-        return interleave(subjects, rounds=rounds, clock=time.perf_counter)
     ticks = console.progress(range(rounds + 1), "measuring", rounds)
     return interleave(
         subjects, rounds=rounds, clock=time.perf_counter, each_round=lambda: next(ticks)
     )
-
-
-def _naive_in_own_process(bundle: er.Bundle, rounds: int, threads: int) -> NDArray[np.float64]:
-    command = [sys.executable, "-m", "bench.staging", "--naive-of", str(bundle.path)]
-    command += ["--rounds", str(rounds), "--threads", str(threads), "--json", "-"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    return np.array(json.loads(done.stdout)["seconds"])
 
 
 def _own_times(bundle: er.Bundle, exit_: er.Exit, times: Times) -> NDArray[np.float64]:

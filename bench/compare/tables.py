@@ -372,7 +372,7 @@ def _energy(results: Sequence[Result]) -> list[Table]:
 
 
 def _environments(results: Sequence[Result]) -> list[Table]:
-    from bench.environment import differences
+    from bench.machine.environment import differences
 
     own = [
         (what, texts)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import clock_state, machine, nvidia, programs
 from bench.gpu.lab import Lab
+from bench.machine import clock_state, nvidia, programs
 from edge_runtime import device
 from edge_runtime.power.thermal import temperatures
 from edge_runtime.schema import plain
@@ -20,17 +20,17 @@ from edge_runtime.schema import plain
 
 def environment(lab: Lab) -> dict[str, Any]:
     """What the numbers of this run are for."""
-    facts = lab.cuda.facts
+    gpu = lab.cuda.facts
     state = gpu_state(lab)
     driver = state.get("driver", "unknown")
     return {
         "ok": True,
-        "summary": f"{facts.name}, driver {driver} for CUDA {facts.driver[0]}.{facts.driver[1]}",
-        "gpu": {**plain(facts), "index": lab.device},
+        "summary": f"{gpu.name}, driver {driver} for CUDA {gpu.driver[0]}.{gpu.driver[1]}",
+        "gpu": {**plain(gpu), "index": lab.device},
         "package": lab.cuda.package,
-        "packages": machine.versions(),
+        "packages": facts.versions(),
         "host": device.fingerprint(),
-        "releases": machine.releases(),
+        "releases": facts.releases(),
         "power_mode": clock_state.power_mode(programs.run),
         "clocks": "unknown" if "sm_mhz" not in state else "floating or locked: NVML tells no more",
         "load_average": list(os.getloadavg()),

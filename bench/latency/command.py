@@ -17,8 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.clocks import locked
-from bench.environment import condition, stamp, steal_share
 from bench.latency import show, summary
 from bench.latency.energy import measure_energy, with_energy
 from bench.latency.frame_trace import trace_events
@@ -27,6 +25,8 @@ from bench.latency.lineup import BASELINES, Lineup, chosen_point, open_lineup, p
 from bench.latency.rounds import LEAST_ROUNDS, WARM_UP_ROUNDS
 from bench.latency.run import Run
 from bench.latency.throughput import check_batches, throughput
+from bench.machine.clocks import locked
+from bench.machine.environment import condition, stamp, steal_share
 from bench.report.table import show as print_tables
 from bench.result import Energy, Result, frames_for
 from edge_runtime import options

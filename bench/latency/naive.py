@@ -131,8 +131,15 @@ class OtherProcess:
         self._said: deque[str] = deque(maxlen=_QUOTED)
         self._listener: threading.Thread | None = None
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process; None while none is running."""
+        return None if self._process is None else self._process.pid
+
     def open(self) -> OtherProcess:
         """Start the process and wait until it has opened the bundle.
+
+        On Linux the process ends with the thread that calls this, whatever ends that.
 
         Raises:
             BackendError: It is open already, the process can't be started, or it died.

@@ -280,7 +280,7 @@ def _pairs(values: Mapping[str, object]) -> str:
 
 
 def _environment(results: Sequence[Result]) -> Iterable[str]:
-    from bench.environment import rows
+    from bench.machine.environment import rows
 
     told = [dict(rows(one.environment)) if one.environment else {} for one in results]
     return _side_by_side("Environment", results, told) if any(told) else ()

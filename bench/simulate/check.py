@@ -40,7 +40,7 @@ from edge_runtime.scheduler import Scheduler
 from edge_runtime.schema import plain
 from edge_runtime.timing import warm_up
 
-#: A run needs this many rounds for a p99 (`bench.result.frames_for`), for each exit of the table.
+#: A run needs this many rounds for a p99 (`bench.result.frames_for`).
 _ROUNDS = 300
 
 
@@ -165,7 +165,7 @@ class _Measurement:
     def run(self, seconds: float) -> Run:
         """Go on through the images for some time."""
         table = TableRows(self._every.plan)
-        least = _ROUNDS * len(self._points)
+        least = _ROUNDS
         rows: list[int] = []
         took: list[float] = []
         exits: list[str] = []

@@ -8,10 +8,10 @@ rows.add(prediction, seconds)
 rows.finish()                                  # a LatencyTable
 ```
 
-Where frames leave says how warm the caches are: a stage that few frames reach finds them cold, and
-takes up to a quarter longer than where every frame goes to the end. So the frames of a table leave
-at every exit in turn. Each is a row; what it did not run it takes from the frame nearest in time
-that did.
+Where frames leave says how warm the caches are: a stage that one frame in six reaches may take a
+quarter longer than one that every frame reaches. Half of a table's frames go to the end, which is
+what such a stage takes where a cascade runs alone; the others leave at each earlier exit in turn.
+Each frame is a row; what it did not run it takes from the frame nearest in time that did.
 
 The host's work around the stages takes longer, too, behind stages that evicted it from the caches.
 The column of it is of frames that left at the first exit; what it takes more behind a later one is
@@ -155,7 +155,7 @@ class LeaveAt(OperatingPoint):
 def table_points(
     cascade: Cascade, metric: Metric, variants: Mapping[str, str]
 ) -> tuple[LeaveAt, ...]:
-    """Points for the frames of a table, one per exit of the cascade, in order.
+    """Points for the frames of a table, in the order in which they take turns.
 
     A scheduler that was opened at one of them can switch to the others. The device must not be the
     one that decides.
@@ -164,11 +164,16 @@ def table_points(
         cascade: The cascade.
         metric: The signal; judging takes longer by some than by others.
         variants: Stage name -> precision.
+
+    Returns:
+        One for each early exit, and behind each the one that goes to the last.
     """
-    return tuple(
-        LeaveAt(f"leave-at-{i}", metric=metric, variants=variants, position=i)
-        for i in range(len(cascade.exits))
-    )
+    last = len(cascade.exits) - 1
+    positions = [position for early in range(last) for position in (early, last)] or [last]
+    points = {
+        i: LeaveAt(f"leave-at-{i}", metric=metric, variants=variants, position=i) for i in positions
+    }
+    return tuple(points[i] for i in positions)
 
 
 def merge(tables: Sequence[LatencyTable]) -> LatencyTable:

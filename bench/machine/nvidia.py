@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from bench.programs import Run, first_line
+from bench.machine.programs import Run, first_line
 
 #: What holds a GPU's clocks down: bit -> name, as of nvmlClocksEventReasons.
 _REASONS = {

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from bench import programs
-from bench.programs import Answer, Run, first_line
+from bench.machine import programs
+from bench.machine.programs import Answer, Run, first_line
 from edge_runtime.console import Console
 from edge_runtime.errors import BackendUnavailable, ConfigError
 

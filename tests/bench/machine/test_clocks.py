@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from bench import clocks, programs
-from bench.clocks import locked
+from bench.machine import clocks, programs
+from bench.machine.clocks import locked
 from edge_runtime.console import Console
 from edge_runtime.errors import BackendUnavailable, ConfigError
-from tests.bench import recorded
-from tests.bench.recorded import program
+from tests.bench.machine import recorded
+from tests.bench.machine.recorded import program
 
 #: A jetson_clocks that can: it asks, as the real one does, before it overwrites a file.
 JETSON = """

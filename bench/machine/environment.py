@@ -19,8 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bench import clock_state, machine, nvidia, programs
-from bench.programs import Run
+from bench.machine import clock_state, facts, nvidia, programs
+from bench.machine.programs import Run
 from edge_runtime import device
 from edge_runtime.power import thermal
 
@@ -53,26 +53,26 @@ def stamp(*, root: Path = Path("/"), run: Run = programs.run) -> dict[str, Any]:
     """
     gpus = nvidia.gpus(run)
     names = _gpu_names(root, gpus)
-    releases = machine.releases(root)
-    jetson = machine.is_jetson(root)
+    releases = facts.releases(root)
+    jetson = facts.is_jetson(root)
     return {
         "machine": device.fingerprint(),
-        "board": machine.board(root),
-        "computer": machine.computer(root),
+        "board": facts.board(root),
+        "computer": facts.computer(root),
         **releases,
         "driver": gpus.driver or releases.get("driver"),
         "cuda_of_driver": gpus.cuda or None,
-        "onnxruntime": machine.onnxruntime(),
-        "packages": machine.versions(),
+        "onnxruntime": facts.onnxruntime(),
+        "packages": facts.versions(),
         "gpus": [{k: gpu[k] for k in _LASTING if k in gpu} for gpu in gpus.each]
         or [{"name": name} for name in names],
         **({} if names else {"no_gpu": gpus.why_not or "the driver knows of none"}),
         "power_mode": clock_state.power_mode(run) if jetson else None,
         "clocks": clock_state.clocks(root, run, names),
-        "memory_bytes": machine.memory_bytes(root),
-        "virtual": machine.virtual(root),
-        "kernel": machine.kernel_options(root),
-        "smt": machine.smt(root),
+        "memory_bytes": facts.memory_bytes(root),
+        "virtual": facts.virtual(root),
+        "kernel": facts.kernel_options(root),
+        "smt": facts.smt(root),
     }
 
 
@@ -82,10 +82,10 @@ def _gpu_names(root: Path, gpus: nvidia.Gpus) -> list[str]:
     if told:
         return told
     for folder in sorted((root / "proc/driver/nvidia/gpus").glob("*")):
-        model = machine.read(folder, "information").partition("\n")[0].partition(":")
+        model = facts.read(folder, "information").partition("\n")[0].partition(":")
         told.append(model[2].strip() or folder.name)
-    if not told and machine.is_jetson(root):
-        told = [f"GPU of {machine.board(root) or 'a Jetson'}"]
+    if not told and facts.is_jetson(root):
+        told = [f"GPU of {facts.board(root) or 'a Jetson'}"]
     return told
 
 
@@ -98,17 +98,17 @@ def condition(*, root: Path = Path("/"), run: Run = programs.run) -> dict[str, A
     """
     gpus = [{k: gpu[k] for k in _PASSING if k in gpu} for gpu in nvidia.gpus(run).each]
     if not gpus:
-        for folder in machine.jetson_gpu_clocks(root):
-            hertz = machine.number(folder, "cur_freq")
+        for folder in facts.jetson_gpu_clocks(root):
+            hertz = facts.number(folder, "cur_freq")
             if hertz is not None:
                 gpus.append({"name": folder.name, "graphics_mhz": hertz / 1e6})
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "temperatures": dict(thermal.temperatures(root)),
-        "cpu_mhz": machine.cpu_mhz(root),
+        "cpu_mhz": facts.cpu_mhz(root),
         "gpus": gpus,
-        "load_average": machine.load_average(root),
-        "jiffies": machine.jiffies(root),
+        "load_average": facts.load_average(root),
+        "jiffies": facts.jiffies(root),
     }
 
 

@@ -97,7 +97,7 @@ AGX_R39_LOCKED = (
     "NV Power Mode: MAXN\n"
 )
 
-#: The fields that `bench.nvidia` asks for.
+#: The fields that `bench.machine.nvidia` asks for.
 SMI_ROW = (
     "595.71.05, 180, 180, 405, 3090, 3090, [Requested functionality has been deprecated], 600.00, "
     "Enabled, 30, P8, 0x0000000000000001, NVIDIA RTX PRO 6000 Blackwell Workstation Edition\n"

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import machine
-from bench.programs import Run, first_line
+from bench.machine import facts
+from bench.machine.programs import Run, first_line
 
 _SHOWN = re.compile(
     r"^\s*(cpu\d+|GPU|EMC)\b:?(.*?)\bMinFreq=(\d+) +MaxFreq=(\d+) +CurrentFreq=(\d+)"
@@ -75,7 +75,7 @@ def clocks(root: Path, run: Run, gpus: Sequence[str] = ()) -> dict[str, Any]:
         "state": locked, floating or unknown; "why"; and what is known of "cpu", "gpu" and "memory":
         least_mhz, most_mhz, now_mhz.
     """
-    if machine.is_jetson(root):
+    if facts.is_jetson(root):
         return _of_jetson(root, run)
     cpus = _cpus(root)
     details = _details(cpus) | _governors(root)
@@ -146,9 +146,9 @@ def _online(output: str) -> set[str]:
 def _cpus(root: Path) -> list[_Clock]:
     """Limits of the cores by cpufreq, in kHz there; a core that idles may show any frequency."""
     found = []
-    for policy in machine.cpu_policies(root):
-        least = machine.number(policy, "scaling_min_freq")
-        most = machine.number(policy, "scaling_max_freq")
+    for policy in facts.cpu_policies(root):
+        least = facts.number(policy, "scaling_min_freq")
+        most = facts.number(policy, "scaling_max_freq")
         if least is not None and most is not None:
             name = policy.name.replace("policy", "cpu")
             found.append(_Clock(name, least / 1e3, most / 1e3))
@@ -157,8 +157,8 @@ def _cpus(root: Path) -> list[_Clock]:
 
 def _gpu_of_jetson(root: Path) -> list[_Clock]:
     found = []
-    for folder in machine.jetson_gpu_clocks(root):
-        told = [machine.number(folder, file) for file in ("min_freq", "max_freq", "cur_freq")]
+    for folder in facts.jetson_gpu_clocks(root):
+        told = [facts.number(folder, file) for file in ("min_freq", "max_freq", "cur_freq")]
         least, most, now = (None if hertz is None else hertz / 1e6 for hertz in told)
         if least is not None and most is not None:
             found.append(_Clock("GPU", least, most, now))
@@ -195,10 +195,10 @@ def _details(clocks: Sequence[_Clock]) -> dict[str, Any]:
 
 def _governors(root: Path) -> dict[str, Any]:
     """What chooses the cores' frequencies, and whether they may boost."""
-    told = {machine.read(p, "scaling_governor") for p in machine.cpu_policies(root)} - {""}
+    told = {facts.read(p, "scaling_governor") for p in facts.cpu_policies(root)} - {""}
     found: dict[str, Any] = {"governor": ", ".join(sorted(told))} if told else {}
-    boost = machine.number(root, "sys/devices/system/cpu/cpufreq/boost")
-    no_turbo = machine.number(root, "sys/devices/system/cpu/intel_pstate/no_turbo")
+    boost = facts.number(root, "sys/devices/system/cpu/cpufreq/boost")
+    no_turbo = facts.number(root, "sys/devices/system/cpu/intel_pstate/no_turbo")
     if boost is not None or no_turbo is not None:
         found["boost"] = bool(boost) if boost is not None else not no_turbo
     return found

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import nvidia, programs
-from bench.clock_state import clocks, power_mode
-from bench.environment import condition, differences, rows, stamp, steal_share
-from tests.bench import recorded
-from tests.bench.recorded import files, policy, prints, program
+from bench.machine import nvidia, programs
+from bench.machine.clock_state import clocks, power_mode
+from bench.machine.environment import condition, differences, rows, stamp, steal_share
+from tests.bench.machine import recorded
+from tests.bench.machine.recorded import files, policy, prints, program
 from tests.bench.results import made_up_result
 
 
