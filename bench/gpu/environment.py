@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.lab import Lab
-from bench.machine import clock_state, nvidia, programs
+from bench.machine import clock_state, facts, nvidia, programs
 from edge_runtime import device
 from edge_runtime.power.thermal import temperatures
 from edge_runtime.schema import plain
