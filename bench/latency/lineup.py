@@ -36,6 +36,8 @@ BASELINES = {
 }
 ONE_SESSION, IF_GRAPH = "base as one session", "one graph with If"
 EAGER, NAIVE = "PyTorch eager", "a thread pool per session"
+#: Where else the baselines of ONNX Runtime and PyTorch are measured, by backend.
+_ELSEWHERE = {"tensorrt": "beside TensorRT it is measured by: python -m bench.gpu_check"}
 #: Precisions that people choose; others are made for one backend's sake.
 _PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -255,8 +257,8 @@ def _needs_onnxruntime(opener: _Opener, lineup: Lineup, name: str) -> bool:
     """Say why a baseline of ONNX Runtime takes no turns beside another backend."""
     if opener.args.backend == "onnxrt":
         return False
-    lineup.not_measured[name] = (
-        f"a session runs in ONNX Runtime, and the cascade on the backend {opener.args.backend}"
+    lineup.not_measured[name] = _ELSEWHERE.get(
+        opener.args.backend, "it needs models, which this backend has not"
     )
     return True
 

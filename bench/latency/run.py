@@ -109,7 +109,7 @@ class Run:
             exits=summary.exit_figures(
                 bundle.cascade, lineup.cascade.exits, rounds, inference, labels
             ),
-            stages=summary.stage_figures(self._stages, precisions),
+            stages=summary.stage_figures(self._stages, precisions, table),
             pruned=plan.pruned,
             expectation=summary.expectation(lineup.cascade.exits, bundle.cascade, rounds),
             deadline=None if deadline_s is None else summary.deadline(self._stages, deadline_s),
@@ -139,8 +139,8 @@ class Run:
             notes.append("The run was interrupted before its time.")
         if self._lineup.cascade.backend.asynchronous:
             notes.append(
-                "The device decides by itself: the latency table is from a mode in which the host "
-                "waits for every stage."
+                "The device runs ahead of the host: times of single stages, and the latency table, "
+                "are from a mode in which the host waits for every stage."
             )
         return tuple(notes)
 

@@ -16,6 +16,7 @@ from bench.result import (
     ExitFigures,
     Expectation,
     FrameTrace,
+    LatencyTable,
     Span,
     StageFigures,
     SubjectFigures,
@@ -106,18 +107,24 @@ def exit_figures(
 
 
 def stage_figures(
-    recording: StageRecording, precisions: Mapping[str, str]
+    recording: StageRecording, precisions: Mapping[str, str], table: LatencyTable
 ) -> tuple[StageFigures, ...]:
     """Time of every stage of the cascade.
 
     Args:
         recording: Its frames.
         precisions: Stage name -> the variant that was run.
+        table: Times of single stages, for those of which the cascade's frames tell none.
     """
+    columns = {key: i for i, key in enumerate(zip(table.stages, table.precisions, strict=True))}
+    stage_us = np.array(table.stage_us)
     durations, ran = recording.durations, recording.ran
     found = []
     for i, name in enumerate(recording.stages):
         known = durations[:, i][np.isfinite(durations[:, i])]
+        column = columns.get((name, precisions[name]))
+        if ran[:, i].any() and not known.size and column is not None:
+            known = stage_us[:, column] / 1e6
         found.append(
             StageFigures(
                 name=name,

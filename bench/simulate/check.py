@@ -1,11 +1,9 @@
-"""How well a simulation predicts a measurement, on one machine.
+"""How well a simulation predicts a bench, on one machine.
 
-Each run measures the cascade and, in the same rounds, a scheduler that fills a latency table. The
-order of the two is drawn anew in every round, and before each an image goes through the base model,
-untimed: both find the caches as another model has left them. Then each run is simulated, from its
-own table and from the one of the run before, for the images that it measured. The runs are of the
-same cascade, so that the spread of their p99 is what any measured p99 is worth here; the simulated
-p99 should lie within it.
+Each run is a bench of the cascade, its base, its forced exits and the frames of the latency table,
+all in turn. Then the cascade is simulated, from the run's own table and from the one of the run
+before, for the images that it classified. The runs are alike, so that the spread of their p99 is
+what any measured p99 is worth here; the simulated p99 should lie within it.
 
     python -m bench.simulate.check BUNDLE --data DATA --runs 10 --seconds 5
 """
@@ -13,8 +11,8 @@ p99 should lie within it.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,25 +21,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.latency.frames import Frames, open_frames
+from bench.latency.lineup import Lineup, chosen_point, open_lineup
+from bench.latency.rounds import WARM_UP_ROUNDS, Measurement, Take
+from bench.latency.run import take_row
 from bench.report.table import Table, show
-from bench.result import Distribution, LatencyTable
-from bench.simulate.simulation import Outcome, Simulated, base_point, replay, simulate
-from bench.simulate.table import TableRows, table_points
-from bench.studies.turns import shuffled_rows
-from calib.tables import collect
+from bench.result import Distribution, LatencyTable, frames_for
+from bench.simulate.simulation import Outcome, Simulated, replay, simulate
+from bench.simulate.table import TableRows, merge
+from calib.tables import PredictionTable, images_per_call
 from edge_runtime import device, options
 from edge_runtime.cli import run_command
 from edge_runtime.console import Console, milliseconds
-from edge_runtime.dataset import ImageDataset
 from edge_runtime.errors import BackendError, ConfigError
 from edge_runtime.manifest import Bundle
 from edge_runtime.operating_point import OperatingPoint
 from edge_runtime.scheduler import Scheduler
 from edge_runtime.schema import plain
-from edge_runtime.timing import warm_up
-
-#: A run needs this many rounds for a p99 (`bench.result.frames_for`).
-_ROUNDS = 300
 
 
 @dataclass(frozen=True)
@@ -87,9 +83,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_bundle(parser)
     options.add_data(parser)
     options.add_operating_point(parser)
+    parser.set_defaults(precision=None, deadline_ms=None)
     parser.add_argument("--runs", type=options.count, default=10, help="default 10")
     parser.add_argument(
-        "--seconds", type=options.positive, default=5.0, help="of each run, at least (default 5)"
+        "--seconds", type=options.positive, default=5.0, help="of each run (default 5)"
     )
 
 
@@ -97,39 +94,33 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Measure, simulate, compare.
 
     Raises:
-        ConfigError: There are fewer than two runs.
+        ConfigError: There are fewer than two runs, or they are too short for a p99.
         BackendError: A frame did not leave where its logits say.
     """
     if args.runs < 2:
         raise ConfigError("--runs", got=args.runs, expected=">= 2, whose p99 span an interval")
     bundle = Bundle.open(args.bundle)
-    data = options.open_data(args, bundle)
+    frames = open_frames(args, bundle, console)
+    point = chosen_point(args, bundle)
     with ExitStack() as stack:
-        cascade = stack.enter_context(
-            options.open_cascade(args, bundle, data, args.operating_point, time_stages=True)
-        )
-        point = cascade.point
-        points = table_points(bundle.cascade, point.metric, point.variants)
-        every = stack.enter_context(
-            options.open_cascade(args, bundle, data, points[-1], time_stages=True)
-        )
-        outcome = replay(collect(every, data, console), point)
-        base = base_point(point.variants)
-        between = stack.enter_context(options.open_cascade(args, bundle, data, base))
-        measure = _Measurement(data, cascade, every, between, points, args.seed)
+        lineup = open_lineup(args, bundle, frames, point, (), stack)
+        outcome = replay(_predictions(lineup.every, frames, bundle), point)
+        names = [exit_.name for exit_ in bundle.cascade.exits]
+        measurement = Measurement(frames, lineup.subjects, names, seed=args.seed)
+        measurement.warm_up(WARM_UP_ROUNDS, console)
         runs = [
-            measure.run(args.seconds)
+            _measure(measurement, lineup, args.seconds, console)
             for _ in console.progress(range(args.runs), "measuring", args.runs)
         ]
-    _check_exits(runs, outcome, bundle)
+    _check_exits(runs, outcome, names)
     found = compare(runs, bundle, point, outcome)
-    p99s = [one.measured.p99 or 0.0 for one in found]
     pooled = simulate(pool([one.table for one in runs]), bundle, point, outcome)
+    p99s = [p99 for one in found if (p99 := one.measured.p99) is not None]
     inside = pooled.latency.p99 is not None and min(p99s) <= pooled.latency.p99 <= max(p99s)
     _show(found, pooled, p99s, inside, f"{bundle.manifest.name} at {point.name}", console)
     return {
         "bundle": bundle.hash,
-        "data": data.hash,
+        "data": "" if frames.data is None else frames.data.hash,
         "operating_point": plain(point),
         "seconds": args.seconds,
         "runs": [plain(one) for one in found],
@@ -140,66 +131,40 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
 
 
-class _Measurement:
-    """The cascade and the scheduler of the table in turn, and another model between the two."""
+def _predictions(scheduler: Scheduler, frames: Frames, bundle: Bundle) -> PredictionTable:
+    """Logits of all exits on the frames."""
+    assert frames.labels is not None
+    size = images_per_call(scheduler)
+    parts = [
+        scheduler.logits(frames.images[begin : begin + size])
+        for begin in range(0, len(frames), size)
+    ]
+    logits = {name: np.concatenate([part[name] for part in parts]) for name in scheduler.exits}
+    return PredictionTable(bundle.cascade, logits, frames.labels)
 
-    def __init__(
-        self,
-        data: ImageDataset,
-        cascade: Scheduler,
-        every: Scheduler,
-        between: Scheduler,
-        points: Sequence[OperatingPoint],
-        seed: int,
-    ) -> None:
-        self._data = data
-        self._cascade = cascade
-        self._every = every
-        self._between = between
-        self._points = points
-        self._places = shuffled_rows(data, len(data), seed)
-        self._rng = np.random.default_rng(seed)
-        self._done = 0
-        warm_up(self._round, clock=time.perf_counter)
 
-    def run(self, seconds: float) -> Run:
-        """Go on through the images for some time."""
-        table = TableRows(self._every.plan)
-        least = _ROUNDS
-        rows: list[int] = []
-        took: list[float] = []
-        exits: list[str] = []
-        begin = time.perf_counter()
-        while time.perf_counter() - begin < seconds or len(rows) < least:
-            row, call_s, exit_ = self._round(table)
-            rows.append(row)
-            took.append(call_s)
-            exits.append(exit_)
-        names = [exit_.name for exit_ in self._cascade.cascade.exits]
-        return Run(
-            np.array(rows),
-            np.array(took),
-            np.array([names.index(name) for name in exits], np.intp),
-            table.finish(),
+def _measure(measurement: Measurement, lineup: Lineup, seconds: float, console: Console) -> Run:
+    """One bench.
+
+    Raises:
+        ConfigError: It had too few rounds for a p99.
+    """
+    tables = {name: TableRows(lineup.every.plan) for name in lineup.tables}
+    takes: dict[str, list[Take]] = {
+        name: [functools.partial(take_row, rows)] for name, rows in tables.items()
+    }
+    rounds = measurement.measure(seconds, console, takes)
+    if rounds.interrupted:
+        raise KeyboardInterrupt
+    if len(rounds) < frames_for(0.99):
+        raise ConfigError(
+            f"--seconds {seconds:g}: rounds of a run",
+            got=len(rounds),
+            expected=f">= {frames_for(0.99)}, which a p99 needs",
         )
-
-    def _round(self, table: TableRows | None = None) -> tuple[int, float, str]:
-        """One image for both; returns its index, and seconds and exit of the cascade."""
-        row = int(self._places[self._done % len(self._places)])
-        self._done += 1
-        images = self._data.image(row)[None]
-        self._every.switch(self._points[int(self._rng.integers(len(self._points)))])
-        call_s, name = 0.0, ""
-        for scheduler in self._rng.permutation([0, 1]).tolist():
-            self._between.classify(images)
-            begin = time.perf_counter()
-            (prediction,) = (self._every if scheduler else self._cascade).classify(images)
-            seconds = time.perf_counter() - begin
-            if not scheduler:
-                call_s, name = seconds, prediction.exit
-            elif table is not None:
-                table.add(prediction, seconds)
-        return row, call_s, name
+    cascade = rounds.recordings["cascade"]
+    table = merge([rows.finish() for rows in tables.values()])
+    return Run(rounds.rows, cascade.seconds, cascade.exits, table)
 
 
 def compare(
@@ -238,17 +203,18 @@ def pool(tables: Sequence[LatencyTable]) -> LatencyTable:
     )
 
 
-def _check_exits(runs: Sequence[Run], outcome: Outcome, bundle: Bundle) -> None:
+def _check_exits(runs: Sequence[Run], outcome: Outcome, exits: Sequence[str]) -> None:
     """Refuse to compare where a frame left elsewhere than its logits say."""
     for one in runs:
-        wrong = np.flatnonzero(one.exits != outcome.at[one.rows])
+        said = outcome.at[one.rows]
+        wrong = np.flatnonzero(one.exits != said)
         if wrong.size:
-            names = [exit_.name for exit_ in bundle.cascade.exits]
+            first = wrong[0]
             raise BackendError(
-                f"{wrong.size} of {len(one.rows)} frames left elsewhere than their logits say: "
-                f"image {one.rows[wrong[0]]}",
-                got=names[one.exits[wrong[0]]],
-                expected=names[outcome.at[one.rows[wrong[0]]]],
+                f"{wrong.size} of {len(said)} frames left elsewhere than their logits say, "
+                f"first that of image {one.rows[first]}",
+                got=exits[one.exits[first]],
+                expected=exits[said[first]],
             )
 
 

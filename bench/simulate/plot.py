@@ -31,6 +31,7 @@ def plot(path: Path, *, title: str, rows: Sequence[Row]) -> None:
     )
     axes.step(*zip(*best, strict=True), where="post", color=GREY, linewidth=1, zorder=1)
     shown = set()
+    names: dict[tuple[float, float], list[str]] = {}
 
     def once(label: str) -> str | None:
         new = label not in shown
@@ -48,12 +49,15 @@ def plot(path: Path, *, title: str, rows: Sequence[Row]) -> None:
         if row.measured is not None:
             mean = row.measured.latency.mean * 1e3
             axes.plot(mean, y, "x", color=ORANGE, label=once("measured there"), zorder=3)
-        axes.annotate(text(one.point), (x, y), (5, 6), textcoords="offset points", fontsize=8)
+        names.setdefault((x, y), []).append(one.point)
+    for place, together in names.items():
+        label = text(", ".join(together), 60)
+        axes.annotate(label, place, (5, 6), textcoords="offset points", fontsize=8)
     axes.set_xlim(left=0)
     axes.margins(0.1)
     axes.set_xlabel("latency, ms: mean, and a line to the p99")
     axes.set_ylabel("accuracy, %")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="best")
     axes.set_title(text(title, 100), fontsize=10)
     save_figure(figure, path)

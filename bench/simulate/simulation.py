@@ -323,13 +323,13 @@ def _no_column(
     table: LatencyTable, point: OperatingPoint, stage: str, precision: str
 ) -> ConfigError:
     """The error for a stage whose time is not known."""
+    which = "" if point.name == BASE else f"--operating-point {point.name} "
     having = [p for s, p in zip(table.stages, table.precisions, strict=True) if s == stage]
     return ConfigError(
         f"operating point {point.name!r}: the latency table's times of stage {stage!r}",
         got=", ".join(having) or "none",
         expected=precision,
-        remedy="Measure it on the device with: edge-runtime bench BUNDLE "
-        f"--operating-point {point.name} --json FILE",
+        remedy=f"Measure it on the device with: edge-runtime bench BUNDLE {which}--json FILE",
     )
 
 

@@ -165,10 +165,17 @@ class TestWithEngines:
         assert built.run("thresholds", "--mode", mode) == 2
         assert "stages can't be timed" in one_line(capsys)
 
-    def test_bench(self, built: Robot, capsys: pytest.CaptureFixture[str]) -> None:
-        found = built.result("bench", "--mode", "sync")
-        assert list(found["subjects"]) == ["cascade", "base"]
-        assert "base as one session: not measured: a session runs in ONNX Runtime" in (
+    @pytest.mark.parametrize("mode", MODES)
+    def test_bench(self, built: Robot, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+        found = built.result("bench", "--mode", mode)
+        forced = [f"exit {name} always" for name in ("saver", "middle", "final")]
+        names = [subject["name"] for subject in found["subjects"]]
+        assert names == ["cascade", "base", *forced, "all exits in turn"]
+        assert found["mode"] == mode
+        # Also where the device decides by itself, the time of every stage is known.
+        assert all(stage["latency"]["mean"] > 0 for stage in found["stages"])
+        assert (found["enqueue_share"] is None) == (mode != "graph")
+        assert "base as one session: not measured: beside TensorRT it is measured by" in (
             capsys.readouterr().out
         )
 

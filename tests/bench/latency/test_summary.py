@@ -11,6 +11,7 @@ from bench.latency.subjects import Answer
 from bench.result import BLOCK
 from edge_runtime import OperatingPoint, Prediction
 from edge_runtime.prediction import ExitRun, StageRun, Trace
+from tests.bench.results import latency_table
 from tests.toys import toy_cascade
 
 EXITS = ("saver", "middle", "final")
@@ -126,11 +127,13 @@ def test_what_only_the_device_knows_is_left_unknown(left: np.ndarray, seconds: n
     recorded = stages_of(left, seconds, known=False)
     assert summary.host_gap(recorded, seconds) is None
     assert summary.without_preprocessing(recorded, seconds) is None
-    stages = summary.stage_figures(recorded, dict.fromkeys(STAGES, "fp32"))
-    assert {one.latency for one in stages} == {None}
-    # Which stages ran is known all the same.
+    stages = summary.stage_figures(recorded, dict.fromkeys(STAGES, "fp32"), latency_table())
+    # Which stages ran is known all the same, and what they take where the table tells.
     assert stages[0].share == 1
     assert stages[-1].share == pytest.approx((left == 2).mean())
+    assert stages[-1].latency is None
+    assert stages[0].latency is not None
+    assert stages[0].latency.mean == pytest.approx(0.1e-3, rel=0.05)
 
 
 def test_a_recorded_frame_is_a_typical_one_of_its_exit(

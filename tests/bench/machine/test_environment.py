@@ -335,7 +335,7 @@ class TestStamp:
         assert shown["memory"] == "15.3 GiB"
 
     def test_of_tensorrt_the_installed_package_counts(self, jetson, monkeypatch):
-        monkeypatch.setattr("bench.machine._version", lambda package: "")
+        monkeypatch.setattr("bench.machine.facts._version", lambda package: "")
         assert stamp(root=jetson)["tensorrt"] == "10.3.0.30-1+cuda12.5"
 
     def test_a_jetson_without_the_jetpack_package_says_so(self, jetson):
