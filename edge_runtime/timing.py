@@ -105,7 +105,8 @@ def ratio(
         numerator: Durations of A, one per round, shape (rounds,).
         denominator: Durations of B, same shape.
         statistic: `numpy.median`, or `numpy.mean` where expectations are compared.
-        block: Rounds per block; shortened where there are fewer than four blocks.
+        block: Rounds per block; shortened where there are fewer than 20 blocks, of which resamples
+            would be too alike.
         resamples: Number of bootstrap resamples.
         seed: Seed of the resampling.
 
@@ -119,7 +120,7 @@ def ratio(
     rounds = len(a)
     if a.shape != b.shape or a.ndim != 1 or rounds == 0:
         raise ValueError(f"series of one length: got {a.shape} and {b.shape}")
-    block = max(1, min(block, rounds // 4))
+    block = max(1, min(block, rounds // 20))
     starts = np.random.default_rng(seed).integers(0, rounds, (resamples, -(-rounds // block)))
     if statistic is np.mean:
         values = _block_sums(a, block)[starts].sum(axis=1) / _block_sums(b, block)[starts].sum(

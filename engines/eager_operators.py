@@ -374,6 +374,8 @@ def _split(node: Node) -> Call:
     if sizes is None:
         each = math.ceil(length / node.get("num_outputs", node.outputs))
         sizes = [min(each, length - start) for start in range(0, length, each)]
+    if node.outputs == 1:
+        return lambda x: x
     return lambda x: x.split(sizes, axis)
 
 

@@ -5,7 +5,8 @@ threads should not. Both keep threads that spin after a call, in case another on
 on 2 cores: a pool spins for 24 ms, those of ten sessions for 100 ms, torch's for 4 ms. Whoever had
 the next turn would be slowed down by them, so the process stops itself (SIGSTOP) when it has
 answered. It is continued at its next turn and finds its threads as if the frames had followed each
-other: a ViT-Tiny with a pool per session takes 66 ms so, and 68 ms without being stopped.
+other: a ViT-Tiny with a pool per session takes 69 ms so, and 68 ms in a process that is never
+stopped.
 
 Our own pool spins too, and made PyTorch take 10 ms instead of 3 for a frame of the CIFAR-10
 cascade. The other process gets its turn when our threads have gone to sleep.

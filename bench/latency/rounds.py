@@ -299,6 +299,9 @@ class Measurement:
         for i in self._rng.permutation(len(self._apart)).tolist():
             for turn in turns:
                 self._turn(self._apart[i], turn, takes)
+        if self._apart:
+            # Meanwhile our threads have gone to sleep, and the first frame would pay for that.
+            self._turn(self._here[0], turns[-1], {})
 
     def _turn(self, subject: Subject, turn: int, takes: dict[str, list[Take]]) -> None:
         subject.prepare(turn)

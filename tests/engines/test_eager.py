@@ -147,6 +147,7 @@ CASES = [
     case("Slice", IMAGE, ints(1, -2), ints(2**62, 9), ints(2, -1), ints(2, 1)),
     case("Split", IMAGE, ints(3, 1, 4), axis=2),
     case("Split", IMAGE, axis=2, num_outputs=3),
+    case("Split", IMAGE, axis=2, num_outputs=1, outputs=1),
     case("Gather", IMAGE, ints(-1).reshape(()), axis=1),
     case("Gather", IMAGE, ints(2, 0, -1), axis=2),
     case("Gather", IMAGE, ints(2, 0, -1, 1).reshape(2, 2), axis=2),
@@ -221,7 +222,7 @@ def one_node(
     attributes = dict(attributes)
     version = attributes.pop("opset", 18)
     names = ["" if value is None else f"constant{i}" for i, value in enumerate(inputs)]
-    count = 3 if operator == "Split" else 1
+    count = attributes.pop("outputs", 3 if operator == "Split" else 1)
     node = helper.make_node(
         operator, ["image", *names], [f"y{i}" for i in range(count)], "the node", **attributes
     )
