@@ -128,7 +128,8 @@ class SubjectFigures:
         name: As tables show it: "cascade", "base", "exit saver always", ...
         what: What it is, in a few words.
         latency: End to end.
-        over_cascade: Its mean time over the cascade's, frames paired.
+        over_cascade: Its mean time over the cascade's, frames paired; of a subject in a process of
+            its own over that of the cascade in one.
         unsteadiness: Coefficient of variation of the block medians, each frame divided by the
             median of its exit; None where there are fewer than two blocks.
         blocks: Mean of each block of `BLOCK` frames, in order.

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.latency.forced import always
 from bench.latency.frames import Frames
 from bench.latency.naive import OtherProcess
-from bench.latency.subjects import Elsewhere, Session, Staged, Subject, always
+from bench.latency.subjects import Elsewhere, Session, Staged, Subject
 from bench.simulate.table import table_points
 from edge_runtime import options
 from edge_runtime.backends.onnxrt import OnnxRuntimeOptions, new_session
@@ -36,6 +37,8 @@ BASELINES = {
 }
 ONE_SESSION, IF_GRAPH = "base as one session", "one graph with If"
 EAGER, NAIVE = "PyTorch eager", "a thread pool per session"
+#: What subjects in processes of their own are compared with: their caches are as warm as its.
+APART = "cascade in a process of its own"
 #: Where else the baselines of ONNX Runtime and PyTorch are measured, by backend.
 _ELSEWHERE = {"tensorrt": "beside TensorRT it is measured by: python -m bench.gpu_check"}
 #: Precisions that people choose; others are made for one backend's sake.
@@ -274,6 +277,10 @@ def _add_process(opener: _Opener, lineup: Lineup, key: str, name: str) -> None:
     except EdgeRuntimeError as error:
         lineup.not_measured[name] = str(error)
         return
+    if all(one.name != APART for one in lineup.subjects):
+        own = opener.process("shared", lineup.point)
+        what = "what others in processes of their own are compared with"
+        lineup.subjects.append(Elsewhere(APART, what, own))
     lineup.subjects.append(Elsewhere(name, BASELINES[key], process))
 
 

@@ -42,8 +42,8 @@ from edge_runtime.prediction import Prediction
 from edge_runtime.scheduler import Scheduler
 from edge_runtime.schema import nearest
 
-#: What a process may run: sessions with a thread pool each, or PyTorch eagerly.
-KINDS = ("naive", "eager")
+#: What a process may run: sessions that share a pool, with a pool each, or PyTorch eagerly.
+KINDS = ("shared", "naive", "eager")
 
 #: Run by the child. A folder named bench where the user stands must not be taken for ours.
 _START = """
@@ -93,7 +93,7 @@ class _Settings:
     bundle: str
     point: OperatingPoint
     image_size: tuple[int, int] | None
-    kind: Literal["naive", "eager"]
+    kind: Literal["shared", "naive", "eager"]
     threads: int
 
 
@@ -104,7 +104,8 @@ class OtherProcess:
         bundle_path: The bundle's folder.
         point: Where images leave, and at which variants stages run.
         image_size: (height, width) of every image; None where the bundle fixes it.
-        kind: "naive" (ONNX Runtime with a thread pool per session) or "eager" (PyTorch).
+        kind: "shared" (ONNX Runtime as it is run everywhere here), "naive" (with a thread pool per
+            session) or "eager" (PyTorch).
         threads: Of each pool; None or 0 is one per core.
 
     Raises:
@@ -403,7 +404,10 @@ def _scheduler(settings: _Settings) -> Scheduler:
         return eager_scheduler(bundle, settings.point, image_size=settings.image_size)
     from edge_runtime.backends.onnxrt import OnnxRuntimeBackend, OnnxRuntimeOptions
 
-    options = OnnxRuntimeOptions(threads=settings.threads, threading="per_session")
+    options = OnnxRuntimeOptions(
+        threads=settings.threads,
+        threading="per_session" if settings.kind == "naive" else "shared",
+    )
     backend = OnnxRuntimeBackend(bundle, options)
     return Scheduler(bundle.cascade, backend, settings.point, image_size=settings.image_size)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from bench.latency.lineup import APART
 from bench.report.table import Table
 from bench.result import Distribution, Result, frames_for
 from edge_runtime.console import milliseconds, percent
@@ -100,6 +101,8 @@ def subjects_table(result: Result) -> Table:
     ]
     notes = [f"{name}: not measured: {why}" for name, why in result.not_measured.items()]
     missing = missing_frames(result.end_to_end.count)
+    if result.subject(APART) is not None:
+        missing.append(f"subjects below it are compared with the {APART}, as warm as they are")
     return Table(
         f"time per frame, ms, {result.end_to_end.count} frames each, in turn",
         ("subject", "mean", "p50", "p90", "p99", "p99.9", "max", "jitter", "over the cascade"),

@@ -15,10 +15,6 @@ from edge_runtime.operating_point import OperatingPoint
 from edge_runtime.prediction import Prediction
 from edge_runtime.scheduler import Scheduler
 
-#: A margin that no two logits exceed, and one that all exceed which are not equal.
-_UNREACHABLE = float(np.finfo(np.float32).max)
-_ALWAYS = float(np.finfo(np.float32).tiny)
-
 
 class Answer(NamedTuple):
     """What a subject said of one image.
@@ -152,29 +148,3 @@ class Elsewhere:
         """Let the process classify it."""
         timed = self.process.classify(image)
         return Answer(timed.seconds, timed.exit, timed.label)
-
-
-def always(scheduler: Scheduler, exit_name: str) -> OperatingPoint:
-    """The point at which every frame leaves at one exit, after those before it were evaluated.
-
-    It evaluates the exits that the scheduler was opened for, so the scheduler can switch to it.
-
-    Args:
-        scheduler: Open.
-        exit_name: One of its exits.
-    """
-    exits, thresholds = scheduler.exits, {}
-    position = exits.index(exit_name)
-    for i, name in enumerate(exits):
-        if name == scheduler.cascade.exits[-1].name:
-            break
-        thresholds[name] = _UNREACHABLE if i < position else _ALWAYS
-        if i == len(exits) - 1:
-            # The scheduler was opened for a cascade that ends here.
-            thresholds[name] = 0.0
-    return OperatingPoint(
-        name=f"always-{position}",
-        metric="logits_margin",
-        thresholds=thresholds,
-        variants=scheduler.point.variants,
-    )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.latency.lineup import APART
 from bench.latency.rounds import Recording, Rounds, StageRecording
 from bench.latency.subjects import Subject
 from bench.result import (
@@ -31,19 +32,28 @@ STOLEN = 0.02
 
 
 def subject_figures(subjects: Sequence[Subject], rounds: Rounds) -> tuple[SubjectFigures, ...]:
-    """Latency of every subject, and its ratio to the cascade's."""
-    cascade = rounds.recordings["cascade"].seconds
-    return tuple(
-        SubjectFigures(
-            name=subject.name,
-            what=subject.what,
-            latency=Distribution.of(recording.seconds, curve=True),
-            over_cascade=ratio(recording.seconds, cascade, statistic=np.mean),
-            unsteadiness=unsteadiness(recording),
-            blocks=tuple(_blocks(recording.seconds).mean(axis=1).tolist()),
+    """Latency of every subject, and its ratio to the cascade's.
+
+    Those in processes of their own are compared with the cascade in one: there a frame follows
+    another of the same subject, and finds its caches warm.
+    """
+    cascade = rounds.recordings["cascade"]
+    apart = rounds.recordings.get(APART, cascade)
+    found = []
+    for subject in subjects:
+        recording = rounds.recordings[subject.name]
+        reference = apart if subject.apart and subject.name != APART else cascade
+        found.append(
+            SubjectFigures(
+                name=subject.name,
+                what=subject.what,
+                latency=Distribution.of(recording.seconds, curve=True),
+                over_cascade=ratio(recording.seconds, reference.seconds, statistic=np.mean),
+                unsteadiness=unsteadiness(recording),
+                blocks=tuple(_blocks(recording.seconds).mean(axis=1).tolist()),
+            )
         )
-        for subject, recording in ((one, rounds.recordings[one.name]) for one in subjects)
-    )
+    return tuple(found)
 
 
 def unsteadiness(recording: Recording) -> float | None:

@@ -23,25 +23,23 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.latency.forced import leave_at
 from bench.result import LatencyTable
 from calib.tables import around_seconds, deciding_seconds, durations
 from edge_runtime.cascade import Cascade, Plan
 from edge_runtime.confidence import Metric
 from edge_runtime.errors import ConfigError
 from edge_runtime.operating_point import OperatingPoint
-from edge_runtime.policy import Policy, Threshold
 from edge_runtime.prediction import Prediction
 
 #: Rows of a table at most.
 MOST_ROWS = 2000
-
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 class TableRows:
@@ -132,29 +130,9 @@ class TableRows:
         around[left != seen[0]] = math.nan
 
 
-@dataclass(frozen=True)
-class LeaveAt(OperatingPoint):
-    """A point that evaluates all exits and leaves at one, whatever the logits are.
-
-    Its rule is a threshold, which costs what the thresholds of other points do.
-
-    Attributes:
-        position: Index of the exit.
-    """
-
-    position: int = 0
-
-    def policy_for(self, cascade: Cascade) -> Policy:
-        """Thresholds that no signal reaches, up to one that every signal does."""
-        early = range(len(cascade.exits) - 1)
-        return Threshold(
-            tuple(math.inf if i < self.position else -_LARGEST for i in early), -math.inf
-        )
-
-
 def table_points(
     cascade: Cascade, metric: Metric, variants: Mapping[str, str]
-) -> tuple[LeaveAt, ...]:
+) -> tuple[OperatingPoint, ...]:
     """Points for the frames of a table, in the order in which they take turns.
 
     A scheduler that was opened at one of them can switch to the others. The device must not be the
@@ -170,9 +148,8 @@ def table_points(
     """
     last = len(cascade.exits) - 1
     positions = [position for early in range(last) for position in (early, last)] or [last]
-    points = {
-        i: LeaveAt(f"leave-at-{i}", metric=metric, variants=variants, position=i) for i in positions
-    }
+    point = OperatingPoint("all", metric=metric, variants=variants)
+    points = {i: leave_at(point, tuple(range(last + 1)), i) for i in positions}
     return tuple(points[i] for i in positions)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.latency.lineup import EAGER, IF_GRAPH, NAIVE, ONE_SESSION
+from bench.latency.lineup import APART, EAGER, IF_GRAPH, NAIVE, ONE_SESSION
 from bench.result import Result, read_result
 from edge_runtime import Bundle, OperatingPoint, cli
 from tests.toys import toy_bundle, toy_images
@@ -62,7 +62,7 @@ def result(files: Path) -> Result:
 def test_everything_takes_turns_equally_often(result: Result) -> None:
     names = [one.name for one in result.subjects]
     forced = ["exit saver always", "exit middle always", "exit final always"]
-    others = [ONE_SESSION, IF_GRAPH, EAGER, NAIVE]
+    others = [ONE_SESSION, IF_GRAPH, APART, EAGER, NAIVE]
     assert names == ["cascade", "base", *forced, "all exits in turn", *others]
     assert {one.latency.count for one in result.subjects} == {result.end_to_end.count}
     assert result.not_measured == {}

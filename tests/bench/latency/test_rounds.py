@@ -8,9 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from bench.latency.forced import always
 from bench.latency.frames import Frames
 from bench.latency.rounds import LEAST_ROUNDS, Measurement, StageRecording
-from bench.latency.subjects import Answer, Staged, always
+from bench.latency.subjects import Answer, Staged
 from edge_runtime import OperatingPoint, Scheduler
 from edge_runtime.backends.fake import FakeBackend
 from edge_runtime.console import Console
