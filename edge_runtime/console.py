@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -63,8 +64,7 @@ class Console:
 
     def line(self, text: str = "") -> None:
         """Write one line of the result."""
-        self._people.write(text + "\n")
-        self._people.flush()
+        self._write(text + "\n")
 
     def note(self, text: str) -> None:
         """Write one line about the work, not its result."""
@@ -100,8 +100,19 @@ class Console:
         for row in cells:
             table.add_row(*map(Text, row))
         width = None if self._people.isatty() else _PIPE_WIDTH
-        RichConsole(file=self._people, width=width, highlight=False).print(table)
-        self._people.flush()
+        console = RichConsole(file=self._people, width=width, highlight=False)
+        with console.capture() as text:
+            console.print(table)
+        self._write(text.get())
+
+    def _write(self, text: str) -> None:
+        """Write for people, and go on when they go away (head, less): files may be to come."""
+        try:
+            self._people.write(text)
+            self._people.flush()
+        except BrokenPipeError:
+            # Python must not complain either when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._people.fileno())
 
     def progress(
         self, items: Iterable[T], description: str, total: int | None = None

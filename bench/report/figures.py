@@ -276,8 +276,8 @@ def accuracy_latency(results: Sequence[Result]) -> Figure | None:
     for i, result in panels:
         spots = _spots(result)
         colour = result_colour(i)
-        line = sorted((x, y) for _, _, x, y in spots)
-        axes.plot(*zip(*line, strict=True), "-", color=colour, linewidth=0.8, alpha=0.4)
+        front = _front([(x, y) for _, _, x, y in spots])
+        axes.plot(*zip(*front, strict=True), "-", color=colour, linewidth=0.8, alpha=0.4)
         for words, mark, x, y in spots:
             face = "white" if mark == "o" else colour
             size = {"D": 8, "s": 7}.get(mark, 5)
@@ -292,6 +292,15 @@ def accuracy_latency(results: Sequence[Result]) -> Figure | None:
     _legend_marks(axes, panels, several=several)
     place_words(axes, drawn[:_MOST_NAMED], SMALL)
     return figure
+
+
+def _front(spots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other is left of and above, from left to right."""
+    found: list[tuple[float, float]] = []
+    for x, y in sorted(spots, key=lambda spot: (spot[0], -spot[1])):
+        if not found or y > found[-1][1]:
+            found.append((x, y))
+    return found
 
 
 def _spots(result: Result) -> list[tuple[str, str, float, float]]:
@@ -537,7 +546,7 @@ _CHARTS: tuple[tuple[str, str, str, Callable[[Sequence[Result]], Figure | None]]
         "accuracy-latency",
         "Accuracy against latency",
         "Up is more accurate and left is faster; the diamond was measured, hollow circles are what "
-        "other operating points of the bundle would give.",
+        "other operating points of the bundle would give, and the line joins the best.",
         accuracy_latency,
     ),
     (

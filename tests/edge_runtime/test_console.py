@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 import pytest
 
@@ -30,6 +31,17 @@ def test_a_narrow_terminal_wraps_but_cuts_nothing(monkeypatch, width) -> None:
     assert "\u2026" not in text
     for word in " ".join((*COLUMNS, *ROW)).split():
         assert word in text
+
+
+def test_files_are_written_when_the_reader_goes_away(tmp_path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as unread:
+        console = Console(str(tmp_path / "a.json"), stdout=unread, stderr=io.StringIO())
+        console.line("for nobody")
+        console.table("a table", ("a",), [("b",)])
+        console.finish({"answer": 1})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"answer": 1}
 
 
 def test_json_on_stdout_is_alone(monkeypatch) -> None:
