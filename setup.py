@@ -18,6 +18,7 @@ PACKAGES = [
     "engines.training",
     "calib",
     "calib.cascade_search",
+    "calib.quee",
     "bench",
     "bench.compare",
     "bench.gpu",

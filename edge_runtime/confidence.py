@@ -85,6 +85,14 @@ def decide(logits: NDArray[np.floating], metric: Metric, temperature: float = 1.
     return Decision(labels, signal, confidence)
 
 
+def probabilities(logits: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Softmax of logits, shape (..., classes), float32."""
+    largest = np.maximum.reduce(logits, axis=-1, keepdims=True)
+    exponent: NDArray[np.float32] = np.exp(np.subtract(logits, largest, dtype=np.float32))
+    exponent /= np.add.reduce(exponent, axis=-1, keepdims=True)
+    return exponent
+
+
 def _fits(spread: float, temperature: float) -> bool:
     """Whether all logits of a sample are finite and float32 holds their softmax.
 

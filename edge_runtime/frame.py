@@ -43,6 +43,8 @@ class Frame:
         self.rows: NDArray[np.intp] = _ALONE if self.alone else np.arange(batch)
         self.streak = Streak()
         self.runs: list[StepRun] = []
+        #: What the scheduler ran, or would run, for each exit.
+        self.steps: list[Any] = []
         #: Where a backend decides, what it brought back instead of `runs`.
         self.collected: Collected | None = None
         #: Per sample: index of the step that answered, why it stopped there, and when.

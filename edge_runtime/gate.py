@@ -11,8 +11,8 @@ Reference:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,9 +159,10 @@ class _Step:
     """One decision, with all that does not depend on the sample computed beforehand.
 
     Caches are cold when a gate runs, behind a stage, and every call into numpy costs some
-    microseconds then. So few are made, with these equalities: relu(z + c) = max(z, -c) + c, whose
-    second term is a constant per path, kept in two more hidden units; and
-    2 sigmoid(x) - 1 = tanh(x / 2), so that costs count twice and the constant does not matter.
+    microseconds then. So few are made, with these equalities: the weight of an entropy is that of
+    each of its terms p log p; relu(z + c) = max(z, -c) + c, whose second term is a constant per
+    path, kept in two more hidden units; and 2 sigmoid(x) - 1 = tanh(x / 2), so that costs count
+    twice and the constant does not matter.
     """
 
     def __init__(
@@ -185,46 +186,53 @@ class _Step:
         self._output = np.append(output, [1, -1]).astype(np.float32)
         self._weights = _weights(predictor.features, classes, first=first)
 
-        self._features = np.zeros(len(self._weights), np.float32)
-        count = 1 if first else 2
-        self._both = self._features[: count * classes]
-        self._rows = self._both.reshape(count, classes)
-        self._entropies = self._features[count * classes : count * (classes + 1)]
-        self._largest = self._features[count * (classes + 1) :]
-        self._log = np.empty(count * classes, np.float32)
-        self._log_rows = self._log.reshape(count, classes)
         self._first = first
-        self._z = np.empty(len(self._output), np.float32)
-        self._hidden = np.empty(self._floor.shape, np.float32)
-        self._values = np.empty(len(steps), np.float32)
+        self.choose = self._bound()
 
-    def choose(
-        self, probabilities: NDArray[np.float32], previous: NDArray[np.float32] | None
-    ) -> int:
-        """The step for one sample."""
-        parts = (probabilities,) if self._first else (probabilities, previous)
-        np.concatenate(parts, out=self._both)  # type: ignore[arg-type]
-        np.add(self._both, TINY, out=self._log)
-        np.log(self._log, out=self._log)
-        np.multiply(self._log, self._both, out=self._log)
-        np.add.reduce(self._log_rows, axis=1, out=self._entropies)
-        np.maximum.reduce(self._rows, axis=1, out=self._largest)
-        np.dot(self._features, self._weights, out=self._z)
-        np.maximum(self._z, self._floor, out=self._hidden)
-        values = np.dot(self._hidden, self._output, out=self._values)
-        if self._prices is not None:
-            np.tanh(values, out=values)
-            np.add(values, self._prices, out=values)
-        return self.steps[values.argmin()]
+    def _bound(self) -> Callable[[NDArray[np.float32], NDArray[np.float32] | None], int]:
+        """The decision about one sample, in buffers of its own.
+
+        A closure finds all that it needs without looking it up by name: with cold caches that
+        saves 2 of 25 microseconds.
+        """
+        add, log, multiply, maximum = np.add, np.log, np.multiply, np.maximum
+        concatenate, dot, tanh, reduce = np.concatenate, np.dot, np.tanh, np.maximum.reduce
+        weights, floor, output, tiny = self._weights, self._floor, self._output, TINY
+        prices, steps, first = self._prices, self.steps, self._first
+        features = np.zeros(len(weights), np.float32)
+        rows = 1 if first else 2
+        classes = (len(weights) - rows) // (2 * rows)
+        both, products, largest = np.split(features, [rows * classes, 2 * rows * classes])
+        table, logs = both.reshape(rows, classes), np.empty_like(both)
+        z, hidden = np.empty(len(output), np.float32), np.empty_like(floor)
+        values = np.empty(len(steps), np.float32)
+        best = values.argmin
+
+        def choose(probabilities: NDArray[np.float32], previous: NDArray[np.float32] | None) -> int:
+            parts: Any = (probabilities,) if first else (probabilities, previous)
+            concatenate(parts, out=both)
+            add(both, tiny, logs)
+            log(logs, logs)
+            multiply(logs, both, products)
+            reduce(table, axis=1, out=largest)
+            dot(features, weights, z)
+            maximum(z, floor, out=hidden)
+            dot(hidden, output, values)
+            if prices is not None:
+                tanh(values, values)
+                add(values, prices, values)
+            return steps[best()]
+
+        return choose
 
     def excess(
         self, probabilities: NDArray[np.float32], previous: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
         """As `Weighed.excess`, for a batch; the same operations as for one sample."""
         rows = [probabilities] if self._first or previous is None else [probabilities, previous]
-        sums = [np.add.reduce(np.log(p + TINY) * p, axis=1) for p in rows]
-        stats = np.stack([*sums, *(p.max(axis=1) for p in rows)], axis=1)
-        z = np.concatenate([*rows, stats], axis=1) @ self._weights
+        products = [p * np.log(p + TINY) for p in rows]
+        largest = [p.max(axis=1, keepdims=True) for p in rows]
+        z = np.concatenate([*rows, *products, *largest], axis=1) @ self._weights
         values = np.empty((len(z), len(self.steps)), np.float32)
         for begin in range(0, len(z), _BLOCK):
             hidden = np.maximum(z[begin : begin + _BLOCK, None, :], self._floor)
@@ -278,16 +286,17 @@ def _normalised(model: GateModel, costs: Mapping[Levels, float]) -> tuple[float,
 
 
 def _weights(features: NDArray[np.float32], classes: int, *, first: bool) -> NDArray[np.float32]:
-    """Weights in the order of the buffer: p, sum of p log p and max p, of one exit or two.
+    """Weights in the order of the buffer: p, the terms p log p, max p, each of one exit or two.
 
-    The buffer has negative entropies. At the first exit, what belongs to the exit before is zero
-    and left out.
+    The terms make up negative entropies. At the first exit, what belongs to the exit before is
+    zero and left out.
     """
     own, before, stats = np.split(features, [classes, 2 * classes])
     entropy, entropy_before, largest_before, largest = stats[:, None, :]
+    terms, terms_before = (np.repeat(-row, classes, axis=0) for row in (entropy, entropy_before))
     if first:
-        parts = [own, -entropy, largest]
+        parts = [own, terms, largest]
     else:
-        parts = [own, before, -entropy, -entropy_before, largest, largest_before]
+        parts = [own, before, terms, terms_before, largest, largest_before]
     weights = np.concatenate(parts)
     return np.concatenate([weights, np.zeros((len(weights), 2), np.float32)], axis=1)

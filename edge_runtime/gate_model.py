@@ -94,7 +94,8 @@ class ErrorPredictor:
     ) -> NDArray[np.float32]:
         """Probabilities that paths are wrong, shape (n, k), float32; arguments as of `scores`."""
         half = np.float32(0.5)
-        return half + half * np.tanh(half * self.scores(features, codes))
+        errors: NDArray[np.float32] = half + half * np.tanh(half * self.scores(features, codes))
+        return errors
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +165,32 @@ class GateModel:
         ):
             if got != expected:
                 raise ConfigError(what, got=got, expected=expected, remedy=remedy)
+
+    def costs(self, column: str) -> dict[Levels, float]:
+        """Path -> cost, as `Gate` takes them, of a column that was measured when it was fitted.
+
+        Args:
+            column: "bit_operations", "macs", "latency" or "energy".
+
+        Raises:
+            ConfigError: The gate has no such column, or it lacks a path.
+        """
+        columns = self.figures.get("costs")
+        known = columns if isinstance(columns, Mapping) else {}
+        if column not in known:
+            raise ConfigError(
+                f"the gate has no costs {column!r}", remedy=schema.nearest(column, known)
+            )
+        values = known[column]
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"costs {column!r} of the gate", got=repr(values)[:80])
+        named = {self.paths.name(path): path for path in self.paths.paths}
+        numbers = (int, float)
+        return {
+            path: float(values[name])
+            for name, path in named.items()
+            if isinstance(values.get(name), numbers)
+        }
 
     def write(self, path: Path) -> None:
         """Write the gate as one npz of plain arrays; equal gates are equal files.

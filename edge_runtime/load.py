@@ -57,6 +57,10 @@ def load(
         operating_point = bundle.operating_point(operating_point or DEFAULT_POINT)
     if isinstance(backend, str):
         backend = new_backend(backend, bundle, options)
+    if operating_point.policy == "gate":
+        from edge_runtime.gated import GatedScheduler
+
+        return GatedScheduler(bundle, backend, operating_point, image_size=image_size).open()
     return Scheduler(bundle.cascade, backend, operating_point, image_size=image_size).open()
 
 

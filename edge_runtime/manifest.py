@@ -15,17 +15,20 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_runtime import schema
 from edge_runtime.cascade import Cascade, Exit, Stage, StageKind
 from edge_runtime.errors import ConfigError, EdgeRuntimeError, ManifestError
 from edge_runtime.files import parse_json, read_plain, sha256
 from edge_runtime.onnx_guard import refuse_external_data
-from edge_runtime.operating_point import OperatingPoint
+from edge_runtime.operating_point import GateChoice, OperatingPoint
 from edge_runtime.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from edge_runtime.gate_model import GateModel
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -197,12 +200,20 @@ class Bundle:
     def record(self, stage: str) -> StageRecord:
         """The manifest's entry of a stage.
 
+        Args:
+            stage: Its name; or that of one of its variants, such as "segment1.int8", whose entry
+                has this variant alone.
+
         Raises:
             ConfigError: The bundle has no such stage.
         """
         for record in self.manifest.stages:
             if record.name == stage:
                 return record
+        name, _, precision = stage.rpartition(".")
+        for record in self.manifest.stages:
+            if record.name == name and precision in record.variants:
+                return replace(record, variants={precision: record.variants[precision]})
         raise ConfigError(
             f"the bundle has no stage {stage!r}",
             remedy=schema.nearest(stage, [record.name for record in self.manifest.stages]),
@@ -310,6 +321,28 @@ class Bundle:
         path = folder / f"{point.name}.json"
         point.write(path)
         return path
+
+    def gate(self, choice: GateChoice) -> GateModel:
+        """A fitted gate of this bundle.
+
+        Raises:
+            ManifestError: Its file is missing, altered or not whole.
+            ConfigError: It was fitted for another bundle.
+        """
+        path = _inside(self.path, OPERATING_POINTS, choice.file)
+        data = read_plain(path, "gate")
+        if sha256(data) != choice.sha256:
+            raise ManifestError(
+                f"gate {path} was altered: sha256",
+                got=sha256(data),
+                expected=choice.sha256,
+                remedy=f"Restore it, or fit it again: edge-runtime gate fit {self.path}",
+            )
+        from edge_runtime.gate_model import GateModel
+
+        model = GateModel.read(path)
+        model.check(self.hash, self.cascade)
+        return model
 
     def _read(self, artifact: Artifact) -> bytes:
         """Read a file of the bundle, refusing every path that could lead out of it."""

@@ -29,6 +29,33 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
+class GateChoice:
+    """A fitted gate, and how it weighs cost against errors.
+
+    Attributes:
+        file: Name of its file among the bundle's operating points.
+        sha256: Hex digest of that file.
+        cost: Column of costs that the gate has of its paths: "bit_operations", "macs", "latency".
+        trade_off: lambda: probability of error that the dearest path is worth; >= 0.
+
+    Raises:
+        ConfigError: From the constructor, for a file that is none, or lambda negative or NaN.
+    """
+
+    file: str
+    sha256: str
+    cost: str
+    trade_off: float
+
+    def __post_init__(self) -> None:
+        """Refuse what no gate could have."""
+        if not _is_plain_name(self.file) or not self.file.endswith(".npz"):
+            raise ConfigError("file of a gate", got=repr(self.file)[:80], expected="a plain .npz")
+        if not 0 <= self.trade_off <= _LARGEST:
+            raise ConfigError("lambda", got=self.trade_off, expected="a finite number >= 0")
+
+
+@dataclass(frozen=True)
 class OperatingPoint:
     """How to run a cascade.
 
@@ -41,6 +68,7 @@ class OperatingPoint:
         temperatures: Exit name -> temperature of its logits, 1 where absent.
         patience: For the policies that count exits in a row; >= 1.
         variants: Stage name -> precision, for stages that do not run at their first variant.
+        gate: Of the policy "gate", which needs it.
         bundle: Hash of the bundle it was chosen on; empty for a point made by hand.
         chosen_on: Provenance: data hash and size, device, method, seed.
         expected: Figures that were found when it was chosen (accuracy, exit rates, cost, ...).
@@ -57,6 +85,7 @@ class OperatingPoint:
     temperatures: Mapping[str, float] = field(default_factory=dict)
     patience: int = 1
     variants: Mapping[str, str] = field(default_factory=dict)
+    gate: GateChoice | None = None
     bundle: str = ""
     chosen_on: Mapping[str, Any] = field(default_factory=dict)
     expected: Mapping[str, Any] = field(default_factory=dict)
@@ -79,6 +108,12 @@ class OperatingPoint:
                 "policy", got=repr(self.policy), expected=", ".join(policies.POLICIES)
             )
         policies.check_patience(self.patience)
+        if (self.gate is None) == (self.policy == "gate"):
+            raise ConfigError(
+                f"operating point {self.name!r}: gate",
+                got="none" if self.gate is None else self.gate.file,
+                expected=f"{'one' if self.gate is None else 'none'} for the policy {self.policy}",
+            )
         for exit_name, threshold in self.thresholds.items():
             if threshold is not None and not abs(threshold) <= _LARGEST:
                 raise ConfigError(
@@ -110,6 +145,8 @@ class OperatingPoint:
             return policies.Never()
         if self.policy == "threshold":
             return policies.Threshold(early, lowest)
+        if self.policy == "gate":
+            return policies.Gated()
         if self.policy == "patience":
             return policies.Patience(self.patience)
         return policies.PatientAndConfident(early, self.patience)

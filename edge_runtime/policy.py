@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edge_runtime.confidence import Decision
 from edge_runtime.errors import ConfigError
 
-PolicyKind = Literal["threshold", "patience", "patient_and_confident", "never"]
+PolicyKind = Literal["threshold", "patience", "patient_and_confident", "never", "gate"]
 POLICIES: tuple[PolicyKind, ...] = get_args(PolicyKind)
 
 #: One value per sample of a batch, shape (batch,), or that of one sample as a numpy scalar.
@@ -173,6 +173,26 @@ class PatientAndConfident:
         confident: Mask = decision.signal >= np.float32(threshold)
         leaves: Mask = streak.count(confident) >= self.patience
         return leaves
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """A learned rule: it reads probabilities, and chooses a precision too (`edge_runtime.gate`)."""
+
+    def evaluated(self, exits: int) -> tuple[int, ...]:
+        """Every exit."""
+        return tuple(range(exits))
+
+    def leaves(self, position: int, decision: Decision, streak: Streak) -> Mask:
+        """Nobody is told by label and signal alone.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "a gate decides by all probabilities of an exit, which are not at hand here",
+            remedy="Run it with edge_runtime.load, or edge-runtime evaluate and bench",
+        )
 
 
 def check_patience(patience: int) -> None:

@@ -30,9 +30,6 @@ from edge_runtime.policy import Policy
 from edge_runtime.prediction import ExitRun, Prediction, StageRun, Trace
 from edge_runtime.timing import Clock
 
-#: Frames of noise that are run when a cascade is opened: the first allocates, the last is timed.
-_WARM_UP_FRAMES = 3
-
 
 class Scheduler:
     """A cascade that is ready to run.
@@ -46,6 +43,9 @@ class Scheduler:
         image_size: (height, width) of every image; needed where the cascade leaves them open.
         clock: Monotonic seconds.
     """
+
+    #: Frames of noise when a cascade is opened: the first allocates, the last is timed.
+    warm_up_frames = 3
 
     def __init__(
         self,
@@ -83,13 +83,17 @@ class Scheduler:
         self.image = self.plan.image.resolve(axes)
         self._opened = True
         try:
-            self.backend.open(self.plan, axes, self.point.variants)
+            self.backend.open(self._loaded(self.plan), axes, self.point.variants)
             self._use(self.point, self._policy)
             self._warm_up()
         except BaseException:
             self.close()
             raise
         return self
+
+    def _loaded(self, plan: Plan) -> Plan:
+        """What the backend loads to run a plan."""
+        return plan
 
     def close(self) -> None:
         """Free the backend; the scheduler can be opened again."""
@@ -288,6 +292,7 @@ class Scheduler:
             raise InputError("deadline_s", got=deadline_s, expected="seconds > 0")
         start = self._clock()
         frame = Frame(len(self.image.check(images)), start, deadline_s)
+        frame.steps = self._steps
         if self._flight:
             self.backend.feed_ahead(images)
         else:
@@ -325,25 +330,26 @@ class Scheduler:
             self.backend.feed(self.image.check(images))
             found = {}
             for step in self._steps:
-                for stage in step.stages:
+                for stage in step.runs:
                     self.backend.run(stage)
                 found[step.exit] = self.backend.read(step.logits).astype(np.float32)
             self.backend.done()
         return found
 
-    def _prepared(self, step: Step) -> _Step:
+    def _prepared(self, step: Step) -> PreparedStep:
         """What every frame needs of a step, in one place.
 
         A stage leaves cold caches behind, and then every object that Python touches costs: looking
         these up frame by frame is what ``python -m bench.staging`` would show as forced exits that
         take longer than their stages.
         """
-        return _Step(
+        return PreparedStep(
             position=step.position,
             exit=step.exit.name,
             logits=step.exit.logits,
             temperature=self.point.temperatures.get(step.exit.name, 1.0),
             stages=tuple(stage.name for stage in step.stages),
+            runs=tuple(stage.name for stage in step.stages),
             precisions=tuple(self.backend.precision(stage.name) for stage in step.stages),
             live=step.live,
         )
@@ -415,11 +421,11 @@ class Scheduler:
         return spent + self._expected.seconds(index, len(frame.rows)) > deadline_s
 
     def _run_stages(
-        self, step: _Step, frame: Frame, into: StepRun, deadline_s: float | None
+        self, step: PreparedStep, frame: Frame, into: StepRun, deadline_s: float | None
     ) -> bool:
         """Run the stages of a step; False when the deadline passes before one of them."""
         clock, run, marks = self._clock, self.backend.run, into.marks
-        for stage in step.stages:
+        for stage in step.runs:
             if deadline_s is not None and marks[-1] - frame.start >= deadline_s:
                 return False
             measured = run(stage)
@@ -428,7 +434,7 @@ class Scheduler:
                 into.measured += (measured,)
         return True
 
-    def _decide(self, step: _Step) -> Decision:
+    def _decide(self, step: PreparedStep) -> Decision:
         try:
             return self.backend.decide(step.logits, self.point.metric, step.temperature)
         except BackendError as error:
@@ -446,7 +452,7 @@ class Scheduler:
             label,
             self.cascade.classes[label],
             confidence,
-            self._steps[index].exit,
+            frame.steps[index].exit,
             latency_s,
             frame.deadline_s is not None and latency_s > frame.deadline_s,
             functools.partial(self._trace, frame, sample),
@@ -459,7 +465,7 @@ class Scheduler:
         # while it ran.
         steps = max(index + 1, len(frame.runs)) if ended == "deadline" else index + 1
         stages: list[StageRun] = []
-        for at, step in enumerate(self._steps[:steps]):
+        for at, step in enumerate(frame.steps[:steps]):
             times, batch = frame.times(at, len(step.stages))
             if self.backend.asynchronous:
                 times = [UNKNOWN] * len(times)
@@ -471,7 +477,7 @@ class Scheduler:
             ]
         exits = [
             ExitRun(step.exit, *frame.said(at, sample), frame.decided(at, end))
-            for at, step in enumerate(self._steps[: index + 1])
+            for at, step in enumerate(frame.steps[: index + 1])
         ]
         return Trace(self.backend.name, self.backend.mode, ended, tuple(stages), tuple(exits))
 
@@ -483,11 +489,11 @@ class Scheduler:
         self._expected = ExpectedTimes(len(self.plan.steps))
         noise = np.random.default_rng(0).random((1, *self.image.sample_shape())) * 255
         image = noise.astype(self.image.dtype)
-        for _ in range(_WARM_UP_FRAMES):
+        for _ in range(self.warm_up_frames):
             self.backend.feed(image)
             for index, step in enumerate(self._steps):
                 begin = self._clock()
-                for stage in step.stages:
+                for stage in step.runs:
                     self.backend.run(stage)
                 self._decide(step)
                 self._expected.warm(index, self._clock() - begin)
@@ -525,19 +531,33 @@ class Pending:
         return self._scheduler._result(self)
 
 
-class _Step(NamedTuple):
-    """A step of the plan, prepared for being run frame after frame."""
+class PreparedStep(NamedTuple):
+    """A step of the plan, prepared for being run frame after frame.
+
+    Attributes:
+        position: Index of the exit in the cascade.
+        exit: Its name.
+        logits: Name of its logits.
+        temperature: Of its logits.
+        stages: Names of the stages, in order.
+        runs: What the backend calls them.
+        precisions: Precision of each.
+        live: Tensors that later steps still read.
+        level: Of precision, where a gate chooses between several.
+    """
 
     position: int
     exit: str
     logits: str
     temperature: float
     stages: tuple[str, ...]
+    runs: tuple[str, ...]
     precisions: tuple[str, ...]
     live: tuple[str, ...]
+    level: int = 0
 
 
-def _at_exit(step: _Step, error: BackendError) -> BackendError:
+def _at_exit(step: PreparedStep, error: BackendError) -> BackendError:
     """The same error, with the exit at which it came up."""
     kind = CudaError if isinstance(error, CudaError) else BackendError
     stage = step.stages[-1] if step.stages else error.stage

@@ -63,6 +63,8 @@ class Backend(ABC):
     asynchronous: bool = False
     #: Whether a frame may be fed ahead, while another is in flight.
     ahead: bool = False
+    #: Set before it is opened: what runs next is for the host to say, exit by exit.
+    host_decides: bool = False
     #: Largest number of images per call; None for any.
     largest_batch: int | None = None
 

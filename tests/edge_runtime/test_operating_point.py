@@ -1,6 +1,8 @@
 """Operating points: what they refuse, the policies they make, and their files."""
 
 import json
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from edge_runtime import policy
 from edge_runtime.cascade import Cascade, Exit, Stage
 from edge_runtime.confidence import METRICS, bounds, decide
 from edge_runtime.errors import ConfigError, EdgeRuntimeError, ManifestError
-from edge_runtime.operating_point import OperatingPoint
+from edge_runtime.operating_point import GateChoice, OperatingPoint
 from edge_runtime.policy import POLICIES
 from edge_runtime.tensors import TensorSpec
 from tests.edge_runtime.bundles import refused
@@ -19,6 +21,9 @@ from tests.edge_runtime.bundles import refused
 IMAGE = TensorSpec("image", ("batch", 4), "float32")
 NAMES = ("first", "second", "last")
 LARGEST = float(np.finfo(np.float32).max)
+#: Those that need no file besides.
+PLAIN = [policy for policy in POLICIES if policy != "gate"]
+CHOICE = GateChoice(file="gate.npz", sha256="a" * 64, cost="macs", trade_off=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +34,25 @@ def cascade() -> Cascade:
 
 
 class TestConstructor:
+    def test_a_gate_and_its_policy_come_together(self):
+        with refused(ConfigError, "gate: got none, expected one for the policy gate"):
+            OperatingPoint("a", policy="gate")
+        with refused(ConfigError, "gate: got gate.npz, expected none for the policy threshold"):
+            OperatingPoint("a", gate=CHOICE)
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ({"trade_off": -0.1}, "lambda: got -0.1, expected a finite number >= 0"),
+            ({"trade_off": math.nan}, "lambda: got nan"),
+            ({"file": "../gate.npz"}, "file of a gate"),
+            ({"file": "gate.pickle"}, "expected a plain .npz"),
+        ],
+    )
+    def test_a_choice_of_a_gate_is_checked(self, changes, expected):
+        with refused(ConfigError, expected):
+            replace(CHOICE, **changes)
+
     @pytest.mark.parametrize(
         "name",
         ["", ".", "..", ".hidden", "a/b", "a\\b", "/a", "a\0", "a\nb", "a.json", " a", "x" * 201],
@@ -95,7 +119,7 @@ class TestPolicyFor:
     def test_rules(self, cascade, fields, expected):
         assert OperatingPoint("x", **fields).policy_for(cascade) == expected
 
-    @pytest.mark.parametrize("rule", POLICIES)
+    @pytest.mark.parametrize("rule", PLAIN)
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
@@ -145,7 +169,7 @@ points = st.builds(
     name=st.text("abcé .-", min_size=1, max_size=8).filter(
         lambda name: name == name.strip() and not name.startswith(".")
     ),
-    policy=st.sampled_from(POLICIES),
+    policy=st.sampled_from(PLAIN),
     metric=st.sampled_from(METRICS),
     thresholds=st.dictionaries(text, st.none() | st.floats(-LARGEST, LARGEST), max_size=3),
     temperatures=st.dictionaries(text, st.floats(1e-30, 1e30), max_size=3),

@@ -59,6 +59,13 @@ _UNTIMED = {
 }
 
 
+#: Modes in which nobody on the host says what runs next -> why.
+_ON_ITS_OWN = {
+    "graph": "a gate can't run in it: what follows an exit is decided on the device",
+    "run_all": "a gate can't run in it: all stages are on the stream before the first exit",
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CudaOptions:
     """How a cascade runs on the GPU.
@@ -209,6 +216,8 @@ class CudaBackend(Backend):
         reasons = probe.why_not(self.cuda, self.options.batch)
         if self.options.time_stages:
             reasons |= _UNTIMED
+        if self.host_decides:
+            reasons |= _ON_ITS_OWN
         if self.options.mode == "best":
             self.mode = next(mode for mode, reason in reasons.items() if not reason)
             self.passed_over = {mode: why for mode, why in reasons.items() if why}

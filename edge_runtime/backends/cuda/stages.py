@@ -118,6 +118,8 @@ class LaunchedStages(DeviceStages):
             for spec in stage.outputs:
                 self._specs[spec.name] = spec
                 for slot in range(len(work.images) if spec.name in work.slotted else 1):
+                    if (spec.name, slot) in self._memory:
+                        continue  # Another variant of the stage writes it too.
                     memory = self._stack.enter_context(cuda.memory(work.nbytes(spec)))
                     self._memory[spec.name, slot] = memory
         try:

@@ -75,11 +75,12 @@ def engine_key(
     Raises:
         ConfigError: See `shape_of`.
     """
+    record = bundle.record(stage.name)
     return EngineKey(
         bundle=bundle.hash,
-        stage=stage.name,
+        stage=record.name,
         precision=precision,
-        model=bundle.record(stage.name).variants[precision].sha256,
+        model=record.variants[precision].sha256,
         shapes={spec.name: shape_of(spec, stage.name, batch) for spec in stage.inputs},
         options=dict(options or {}),
         device=device,
