@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import gc
+import signal
 from types import ModuleType
 
 import pytest
@@ -24,3 +25,9 @@ def short_garbage_collections() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C mean what it means to users: a shell's background jobs begin with it ignored."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
