@@ -44,6 +44,7 @@ SECTIONS: dict[str, dict[str, Command]] = {
         "quantize": Command("calib.quantize_command", "a bundle, or one ONNX file, in INT8"),
         "convert": Command("engines.convert_command", "a bundle, or one ONNX file, in FP16"),
         "thresholds": Command("calib.thresholds_command", "operating points from labelled data"),
+        "gate": Command("calib.quee.command", "exits and precision per sample, learned (QuEE)"),
         "collect": Command("calib.collect_command", "what models say about data, as a table"),
         "search": Command("calib.search_command", "the best cascades in a table of predictions"),
         "certify": Command("calib.certify_command", "a cascade of a table with a guarantee"),

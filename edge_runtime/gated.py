@@ -34,6 +34,8 @@ from edge_runtime.prediction import Prediction
 from edge_runtime.scheduler import PreparedStep, Scheduler
 from edge_runtime.timing import Clock
 
+_ANEW = "Open the cascade anew with this operating point"
+
 
 class GatedScheduler(Scheduler):
     """A cascade with a gate that is ready to run; it takes images one at a time.
@@ -49,7 +51,8 @@ class GatedScheduler(Scheduler):
         gate_s: Seconds that the gate took in the frame that was finished last.
 
     Raises:
-        ConfigError: From the constructor: the point has no gate, or one of another bundle.
+        ConfigError: From the constructor: the point has no gate, one of another bundle, one with
+            a level that no stage has, or none of its cost column and lambda.
         ManifestError: From the constructor: the gate's file is not whole.
     """
 
@@ -65,6 +68,8 @@ class GatedScheduler(Scheduler):
         super().__init__(bundle.cascade, backend, point, image_size=image_size, clock=clock)
         self._model = bundle.gate(_choice(point))
         self._blocks = Blocks(bundle, self._model.paths, point.variants)
+        self._blocks.check()
+        self._gate = self._gate_of(point)
         self.gate_s = 0.0
 
     @property
@@ -82,16 +87,22 @@ class GatedScheduler(Scheduler):
         """Go on with another lambda or cost column from the next frame on.
 
         Raises:
-            ConfigError: It has another gate, or none.
+            ConfigError: It has another gate, or none, or the gate lacks the cost column; the
+                cascade goes on as before.
         """
-        choice = _choice(point)
-        if choice.sha256 != _choice(self.point).sha256 or point.variants != self.point.variants:
-            raise ConfigError(
-                f"operating point {point.name!r} has another gate or other variants than the "
-                "cascade was opened for",
-                remedy="Open the cascade anew with this operating point",
-            )
-        policy = point.policy_for(self.cascade)
+        policy = self._policy_of(point)
+        got, have = _choice(point), _choice(self.point)
+        for what, one, other in (
+            ("gate", got.sha256[:12], have.sha256[:12]),
+            ("variants of stages", dict(point.variants), dict(self.point.variants)),
+        ):
+            if one != other:
+                raise ConfigError(
+                    f"operating point {point.name!r}: {what}",
+                    got=one or "the first ones",
+                    expected=f"{other or 'the first ones'}, for which the cascade was opened",
+                    remedy=_ANEW,
+                )
         with self._lock:
             self._check_open()
             self._drain()
@@ -101,22 +112,43 @@ class GatedScheduler(Scheduler):
         self, images: NDArray[Any], *, deadline_s: float | None = None
     ) -> list[Prediction]:
         """Classify images one after the other; a deadline is for each of them."""
-        checked = self.image.check(images)
-        if len(checked) == 1:
-            return super().classify(checked, deadline_s=deadline_s)
-        return [self.classify(image[None], deadline_s=deadline_s)[0] for image in checked]
+        if not _are_several(images):
+            return super().classify(images, deadline_s=deadline_s)
+        with self._lock:
+            self._check_open()
+            checked = self.image.check(images)
+        single = super().classify
+        return [single(image[None], deadline_s=deadline_s)[0] for image in checked]
 
     def block(self, position: int, level: int) -> PreparedStep:
         """What is run for an exit at a level."""
         return self._at[position][level]
 
+    @property
+    def precisions(self) -> dict[str, tuple[str, ...]]:
+        """Stage name -> the precisions at which it may run, the highest level's first."""
+        found: dict[str, dict[str, None]] = {}
+        for block in self._at:
+            for step in block.values():
+                for stage, precision in zip(step.stages, step.precisions, strict=True):
+                    found.setdefault(stage, {})[precision] = None
+        return {stage: tuple(precisions) for stage, precisions in found.items()}
+
+    def _policy_of(self, point: OperatingPoint) -> Policy:
+        _choice(point)
+        return point.policy_for(self.cascade)
+
+    def _gate_of(self, point: OperatingPoint) -> Gate:
+        choice = _choice(point)
+        return Gate(self._model, self._model.costs(choice.cost), choice.trade_off)
+
     def _loaded(self, plan: Plan) -> Plan:
         return self._blocks.loaded(plan)
 
     def _use(self, point: OperatingPoint, policy: Policy) -> None:
+        gate = self._gate_of(point)
         super()._use(point, policy)
-        choice = _choice(point)
-        self._gate = Gate(self._model, self._model.costs(choice.cost), choice.trade_off)
+        self._gate = gate
         self._at = [
             {level: self._at_level(step, level) for level in self._blocks.levels_at(step.position)}
             for step in self.plan.steps
@@ -128,20 +160,29 @@ class GatedScheduler(Scheduler):
 
     def _at_level(self, step: Step, level: int) -> PreparedStep:
         """As `Scheduler._prepared`, at a level."""
+        stages = tuple(stage.name for stage in step.stages)
+        runs = self._blocks.runs(step, level)
         return PreparedStep(
             position=step.position,
             exit=step.exit.name,
             logits=step.exit.logits,
             temperature=self.point.temperatures.get(step.exit.name, 1.0),
-            stages=tuple(stage.name for stage in step.stages),
-            runs=self._blocks.runs(step, level),
-            precisions=self._blocks.precisions(step, level),
+            stages=stages,
+            runs=runs,
+            # A backend may run a stage at a variant of its own where nobody has chosen one.
+            precisions=tuple(
+                self.backend.precision(run) if run == stage else precision
+                for stage, run, precision in zip(
+                    stages, runs, self._blocks.precisions(step, level), strict=True
+                )
+            ),
             live=step.live,
             level=level,
         )
 
     def _begin(self, images: NDArray[Any], deadline_s: float | None) -> Frame:
-        if len(images) > 1:
+        if _are_several(images):
+            self.image.check(images)
             raise InputError(
                 "images per frame of a cascade with a gate",
                 got=len(images),
@@ -192,17 +233,33 @@ class GatedScheduler(Scheduler):
         noise = np.random.default_rng(0).random((1, *self.image.sample_shape())) * 255
         image = noise.astype(self.image.dtype)
         for level in range(self._level_count):
+            steps = [block.get(level, block[min(block)]) for block in self._at]
             for _ in range(self.warm_up_frames):
                 self.backend.feed(image)
-                for index, block in enumerate(self._at):
-                    step = block.get(level, block[min(block)])
-                    begin = self._clock()
-                    for stage in step.runs:
-                        self.backend.run(stage)
-                    self._decide(step)
-                    key = index * self._level_count + step.level
-                    self._expected.warm(key, self._clock() - begin)
+                self._warm_up_blocks(steps)
                 self.backend.done()
+
+    def _warm_up_blocks(self, steps: list[PreparedStep]) -> None:
+        """Run blocks and the gate behind each but the last, whatever it says."""
+        before: NDArray[np.float32] | None = None
+        levels: Levels = ()
+        for index, step in enumerate(steps):
+            begin = self._clock()
+            for stage in step.runs:
+                self.backend.run(stage)
+            self._decide(step)
+            levels = (*levels, step.level)
+            if index < len(steps) - 1:
+                now = confidence.probabilities(self.backend.read(step.logits)[0])
+                self._gate.route(index, levels, now, before)
+                before = now
+            key = index * self._level_count + step.level
+            self._expected.warm(key, self._clock() - begin)
+
+
+def _are_several(images: NDArray[Any]) -> bool:
+    """Whether it is a batch of more than one; what is no array, others will refuse."""
+    return isinstance(images, np.ndarray) and images.ndim > 0 and len(images) > 1
 
 
 def _choice(point: OperatingPoint) -> GateChoice:
@@ -213,6 +270,9 @@ def _choice(point: OperatingPoint) -> GateChoice:
     """
     if point.policy != "gate" or point.gate is None:
         raise ConfigError(
-            f"operating point {point.name!r}", got=f"policy {point.policy}", expected="policy gate"
+            f"operating point {point.name!r}",
+            got=f"policy {point.policy}",
+            expected="policy gate, as the cascade runs one",
+            remedy=_ANEW,
         )
     return point.gate

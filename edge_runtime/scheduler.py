@@ -26,7 +26,7 @@ from edge_runtime.confidence import Decision
 from edge_runtime.errors import BackendError, ConfigError, CudaError, InputError
 from edge_runtime.frame import UNKNOWN, ExpectedTimes, Frame, StepRun
 from edge_runtime.operating_point import OperatingPoint
-from edge_runtime.policy import Policy
+from edge_runtime.policy import Gated, Policy
 from edge_runtime.prediction import ExitRun, Prediction, StageRun, Trace
 from edge_runtime.timing import Clock
 
@@ -77,7 +77,7 @@ class Scheduler:
         """
         if self._opened:
             raise BackendError("the cascade is open already", remedy="Close it first")
-        self._policy = self.point.policy_for(self.cascade)
+        self._policy = self._policy_of(self.point)
         self.plan: Plan = self.cascade.plan(self._policy.evaluated(len(self.cascade.exits)))
         axes = image_axes(self.plan, self._image_size)
         self.image = self.plan.image.resolve(axes)
@@ -90,6 +90,20 @@ class Scheduler:
             self.close()
             raise
         return self
+
+    def _policy_of(self, point: OperatingPoint) -> Policy:
+        """The rule of a point.
+
+        Raises:
+            ConfigError: The point does not fit the cascade, or has a gate.
+        """
+        policy = point.policy_for(self.cascade)
+        if isinstance(policy, Gated):
+            raise ConfigError(
+                f"operating point {point.name!r} has a gate, which this scheduler does not run",
+                remedy=f"Open it with: er.load(bundle, operating_point={point.name!r})",
+            )
+        return policy
 
     def _loaded(self, plan: Plan) -> Plan:
         """What the backend loads to run a plan."""
@@ -111,9 +125,10 @@ class Scheduler:
                 differ.
 
         Raises:
-            ConfigError: It evaluates other exits, or runs other variants, than those loaded.
+            ConfigError: It evaluates other exits, or runs other variants, than those loaded, or
+                has a gate.
         """
-        policy = point.policy_for(self.cascade)
+        policy = self._policy_of(point)
         plan = self.cascade.plan(policy.evaluated(len(self.cascade.exits)))
         with self._lock:
             self._check_open()
@@ -167,6 +182,11 @@ class Scheduler:
     def exits(self) -> tuple[str, ...]:
         """Names of the exits that are evaluated, in order."""
         return tuple(step.exit.name for step in self.plan.steps)
+
+    @property
+    def precisions(self) -> dict[str, tuple[str, ...]]:
+        """Stage name -> the precisions at which it may run, of every stage that is loaded."""
+        return {stage.name: (self.backend.precision(stage.name),) for stage in self.plan.stages}
 
     def __call__(
         self, image: NDArray[Any], *, deadline_s: float | None = None

@@ -19,6 +19,7 @@ from edge_runtime import options, schema
 from edge_runtime.backends.cuda.backend import open_cuda
 from edge_runtime.backends.tensorrt import api
 from edge_runtime.backends.tensorrt.keys import engine_key, precision_of
+from edge_runtime.blocks import variants_of
 from edge_runtime.cascade import Stage
 from edge_runtime.console import Console
 from edge_runtime.dataset import parse_size
@@ -162,7 +163,7 @@ def _variants(args: argparse.Namespace, bundle: Bundle) -> Iterator[Mapping[str,
         return
     names = args.operating_point.split(",") if args.operating_point else bundle.operating_points()
     for name in names:
-        yield bundle.operating_point(name).variants
+        yield from variants_of(bundle, bundle.operating_point(name))
     if not names:
         yield OperatingPoint.all_exits(bundle.cascade).variants
 

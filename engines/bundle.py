@@ -121,7 +121,8 @@ def with_variants(
     Returns:
         The new bundle, opened and checked. Its provenance is the old one's with "made_of", the old
         hash, and `provenance` at the end of the list "conversions". It has the old operating
-        points: the variants that they name are the same files.
+        points but those with a gate, which is fitted for one bundle: the variants that they name
+        are the same files.
 
     Raises:
         ConfigError: There is no such stage, it has such a variant, nothing is added, or `out`
@@ -164,13 +165,16 @@ def with_variants(
         },
         boundary_dtype=manifest.boundary_dtype,
         overwrite=overwrite,
-        operating_points=[_carried(bundle, name) for name in bundle.operating_points()],
+        operating_points=[
+            _carried(bundle, point)
+            for point in map(bundle.operating_point, bundle.operating_points())
+            if point.gate is None
+        ],
     )
 
 
-def _carried(bundle: Bundle, name: str) -> OperatingPoint:
+def _carried(bundle: Bundle, point: OperatingPoint) -> OperatingPoint:
     """A point of a bundle, for one with the same default variants."""
-    point = bundle.operating_point(name)
     chosen_on = {**point.chosen_on, "carried_from": bundle.hash}
     return dataclasses.replace(point, bundle="", chosen_on=chosen_on)
 

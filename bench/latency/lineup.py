@@ -41,6 +41,13 @@ EAGER, NAIVE = "PyTorch eager", "a thread pool per session"
 APART = "cascade in a process of its own"
 #: Where else the baselines of ONNX Runtime and PyTorch are measured, by backend.
 _ELSEWHERE = {"tensorrt": "beside TensorRT it is measured by: python -m bench.gpu_check"}
+#: Baselines that can't ask a gate -> what they are called in results.
+_WITHOUT_GATE = {
+    "if-graph": IF_GRAPH,
+    "eager": EAGER,
+    "naive": NAIVE,
+    "precisions": "cascade at other precisions",
+}
 #: Precisions that people choose; others are made for one backend's sake.
 _PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -93,11 +100,17 @@ def chosen_point(args: argparse.Namespace, bundle: Bundle) -> OperatingPoint:
 
     Raises:
         ManifestError: The point is not there or not whole.
-        ConfigError: No stage has the precision.
+        ConfigError: No stage has the precision, or the point has a gate, which chooses it.
     """
     point = bundle.operating_point(args.operating_point or DEFAULT_POINT)
     if args.precision is None:
         return point
+    if point.gate is not None:
+        raise ConfigError(
+            f"--precision {args.precision}: the gate of operating point {point.name!r} chooses "
+            "precisions itself",
+            remedy="Leave the option out, or take another operating point",
+        )
     return at_precision(bundle, point, args.precision)
 
 
@@ -136,7 +149,20 @@ def open_lineup(
         point: The operating point.
         baselines: Keys of `BASELINES`.
         stack: Closes what was opened.
+
+    Returns:
+        What was opened. Beside a gate, which nothing can make leave at a certain exit, there are no
+        forced exits.
+
+    Raises:
+        ConfigError: A gate is to classify noise.
     """
+    if point.gate is not None and frames.labels is None:
+        raise ConfigError(
+            f"operating point {point.name!r}: noise can't be made to leave where images leave at "
+            "a gate",
+            remedy="Give labelled images with --data",
+        )
     opener = _Opener(args, bundle, frames, stack)
     cascade = opener.scheduler(point)
     base = opener.scheduler(_base(point))
@@ -146,13 +172,17 @@ def open_lineup(
         Staged("cascade", "at the operating point", cascade, turns, deadline_s),
         Staged("base", "the last exit alone, in stages", base, [base.point]),
     ]
-    for name in cascade.exits:
+    for name in cascade.exits if point.gate is None else ():
         what = "every frame leaves there, earlier exits evaluated"
         subjects.append(Staged(f"exit {name} always", what, cascade, [always(cascade, name)]))
     lineup = Lineup(cascade, base, point, subjects, cascade, deadline_s=deadline_s)
     lineup.every = opener.add_table_source(lineup, cascade, "all exits in turn")
     for key in BASELINES:
-        if key in baselines:
+        if key not in baselines:
+            continue
+        if point.gate is not None and key in _WITHOUT_GATE:
+            lineup.not_measured[_WITHOUT_GATE[key]] = "it can't ask a gate"
+        else:
             _ADD[key](opener, lineup)
     return lineup
 
@@ -193,7 +223,8 @@ class _Opener:
 
         Args:
             lineup: Where to add it.
-            opened: Is used again where it evaluates all exits and knows its stages' times.
+            opened: Is used again where it evaluates all exits, knows its stages' times, and has no
+                gate.
             name: Of the subject.
 
         Returns:
@@ -202,7 +233,7 @@ class _Opener:
         cascade, point = self.bundle.cascade, opened.point
         points = table_points(cascade, point.metric, point.variants)
         exits = tuple(exit_.name for exit_ in cascade.exits)
-        shared = opened.exits == exits and not opened.backend.asynchronous
+        shared = opened.exits == exits and not opened.backend.asynchronous and point.gate is None
         every = opened if shared else self.scheduler(points[-1], time_stages=True)
         what = "leaves at each exit of the bundle in turn, for the latency table"
         lineup.subjects.append(Staged(name, what, every, points))

@@ -81,7 +81,7 @@ class Run:
         gap = summary.host_gap(self._stages, seconds)
         subjects = summary.subject_figures(lineup.subjects, rounds)
         plan = lineup.cascade.plan
-        precisions = {s.name: lineup.cascade.backend.precision(s.name) for s in plan.stages}
+        precisions = {name: "/".join(some) for name, some in lineup.cascade.precisions.items()}
         table = merge([rows.finish() for rows in self._tables.values()])
         deadline_s = lineup.deadline_s
         return Result(

@@ -123,7 +123,7 @@ def stage_figures(
 
     Args:
         recording: Its frames.
-        precisions: Stage name -> the variant that was run.
+        precisions: Stage name -> the variant that was run, or several joined by "/".
         table: Times of single stages, for those of which the cascade's frames tell none.
     """
     columns = {key: i for i, key in enumerate(zip(table.stages, table.precisions, strict=True))}
@@ -223,14 +223,19 @@ def host_gap(recording: StageRecording, seconds: NDArray[np.float64]) -> NDArray
     return gap
 
 
-def expectation(evaluated: Sequence[str], cascade: Cascade, rounds: Rounds) -> Expectation:
+def expectation(evaluated: Sequence[str], cascade: Cascade, rounds: Rounds) -> Expectation | None:
     """Shares of the exits times what each takes when it always answers, against the measured mean.
 
     Args:
         evaluated: Names of the exits that the operating point evaluates.
         cascade: The bundle's.
         rounds: What was measured.
+
+    Returns:
+        None where no exit was forced.
     """
+    if not all(f"exit {name} always" in rounds.recordings for name in evaluated):
+        return None
     recording = rounds.recordings["cascade"]
     positions = {exit_.name: i for i, exit_ in enumerate(cascade.exits)}
     expected = np.zeros(len(rounds))

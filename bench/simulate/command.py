@@ -23,6 +23,7 @@ from bench.simulate.simulation import (
     Simulated,
     base_point,
     check_columns,
+    check_no_gate,
     check_table,
     precisions,
     readable_points,
@@ -197,6 +198,7 @@ def _points(
     if names is not None:
         named = [_point(name, bundle, base) for name in dict.fromkeys(names)]
         for point in named:
+            check_no_gate(point)
             check_columns(table, bundle, point)
         return named, {}
     readable, left_out = readable_points(bundle)

@@ -97,8 +97,9 @@ def replay(table: PredictionTable, point: OperatingPoint) -> Outcome:
         point: Its policy, metric and temperatures are applied.
 
     Raises:
-        ConfigError: The point does not fit the cascade, or there is no sample.
+        ConfigError: The point does not fit the cascade or has a gate, or there is no sample.
     """
+    check_no_gate(point)
     samples = len(table.labels)
     if samples == 0:
         raise ConfigError("the data has no sample", expected="one or more")
@@ -120,6 +121,20 @@ def replay(table: PredictionTable, point: OperatingPoint) -> Outcome:
         staying = staying[rows]
         streak.keep(rows)
     return Outcome(at, answers == table.labels)
+
+
+def check_no_gate(point: OperatingPoint) -> None:
+    """Refuse a gate: what it does hangs on the answers of all paths, which no table here has.
+
+    Raises:
+        ConfigError: The point has one.
+    """
+    if point.gate is not None:
+        raise ConfigError(
+            f"operating point {point.name!r} has a gate, which can't be simulated from the logits "
+            "of one precision",
+            remedy="Simulate it with: edge-runtime gate sweep",
+        )
 
 
 def simulate(
@@ -238,6 +253,7 @@ def readable_points(bundle: Bundle) -> tuple[list[OperatingPoint], dict[str, str
     for name in bundle.operating_points():
         try:
             point = bundle.operating_point(name)
+            check_no_gate(point)
             point.policy_for(bundle.cascade)
             precisions(bundle, point.variants)
             found.append(point)

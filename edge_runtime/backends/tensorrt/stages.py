@@ -20,9 +20,10 @@ from edge_runtime.backends.cuda.base import Stream
 from edge_runtime.backends.cuda.stages import LaunchedStages
 from edge_runtime.backends.tensorrt import api
 from edge_runtime.backends.tensorrt.keys import engine_key, precision_of, shape_of
+from edge_runtime.blocks import variants_of
 from edge_runtime.cascade import Stage
 from edge_runtime.engine_cache import EngineCache, EngineDevice
-from edge_runtime.errors import BackendError, ManifestError
+from edge_runtime.errors import BackendError, ConfigError, ManifestError
 from edge_runtime.manifest import Bundle
 from edge_runtime.tensors import TensorSpec
 
@@ -162,10 +163,11 @@ class TensorRTStages(LaunchedStages):
         """The precisions at which `edge-runtime build` builds a stage: those of all points."""
         try:
             points = [self._bundle.operating_point(n) for n in self._bundle.operating_points()]
-        except ManifestError:
+            variants = [some for point in points for some in variants_of(self._bundle, point)]
+        except (ConfigError, ManifestError):
             return set()
-        variants = [point.variants for point in points] or [{}]
-        return {precision_of(self._bundle, stage, some) for some in variants}
+        named = dataclasses.replace(stage, name=self._bundle.record(stage.name).name)
+        return {precision_of(self._bundle, named, some) for some in variants or [{}]}
 
     def _load_engine(self, stage: Stage, plan: bytes) -> None:
         engine = self._runtime.deserialize_cuda_engine(plan)
