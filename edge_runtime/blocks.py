@@ -79,22 +79,23 @@ class Blocks:
         Raises:
             ConfigError: The bundle has another stage that is called as a variant would be.
         """
-        known = {record.name for record in self._bundle.manifest.stages}
         steps = []
         for step in plan.steps:
-            stages = {
-                name: replace(stage, name=name)
-                for level in self.levels_at(step.position)
-                for stage, name in zip(step.stages, self.runs(step, level), strict=True)
-            }
-            for name in stages.keys() - {stage.name for stage in step.stages}:
-                if name in known:
-                    raise ConfigError(
-                        f"stage {name!r} is called as the variant of another stage would be",
-                        remedy="Export the bundle again with another name for it",
-                    )
+            stages = {}
+            for level in self.levels_at(step.position):
+                for stage, name in zip(step.stages, self.runs(step, level), strict=True):
+                    self._check_name(stage, name)
+                    stages[name] = replace(stage, name=name)
             steps.append(replace(step, stages=tuple(stages.values())))
         return replace(plan, steps=tuple(steps))
+
+    def _check_name(self, stage: Stage, name: str) -> None:
+        others = {record.name for record in self._bundle.manifest.stages} - {stage.name}
+        if name in others:
+            raise ConfigError(
+                f"stage {name!r} is called as the variant of stage {stage.name!r} would be",
+                remedy="Export the bundle again with another name for it",
+            )
 
     def choices(self, plan: Plan) -> list[dict[str, str]]:
         """Which variants run together, one choice per level: stage name -> precision.

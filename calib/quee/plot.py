@@ -14,6 +14,7 @@ from calib.quee.targets import TargetError
 from engines.plot_file import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, new_figure, save_figure
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 _COLUMNS = 2
@@ -50,7 +51,7 @@ def draw(study: Study, path: Path) -> None:
         _draw_calibration(axes[len(study.columns)], study.calibration)
     for unused in axes[panels:]:
         unused.remove()
-    known: dict[str, Any] = {}
+    known: dict[str, Artist] = {}
     for panel in axes[: len(study.columns)]:
         handles, names = panel.get_legend_handles_labels()
         known |= {name: handle for handle, name in zip(handles, names, strict=True)}
@@ -66,11 +67,11 @@ def draw(study: Study, path: Path) -> None:
 
 def _draw_column(axes: Axes, column: ColumnStudy) -> None:
     label, factor = unit(column.column)
+    _draw_curve(axes, column.curves[0], factor, BLUE, "-o", above=True)
     rivals = [one for one in column.curves if not one.name.startswith((GATE, ONE_STEP))]
     for i, rival in enumerate(rivals):
         style = _STYLES[i // len(_COLOURS) % len(_STYLES)]
         _draw_curve(axes, rival, factor, _COLOURS[i % len(_COLOURS)], style)
-    _draw_curve(axes, column.curves[0], factor, BLUE, "-o")
     for ahead in (one for one in column.curves if one.name == ONE_STEP):
         _draw_one_step(axes, ahead, factor)
     for i, fixed in enumerate(column.fixed):
@@ -91,14 +92,25 @@ def _draw_column(axes: Axes, column: ColumnStudy) -> None:
     axes.grid(alpha=0.3)
 
 
-def _draw_curve(axes: Axes, curve: Curve, factor: float, colour: str, style: str) -> None:
+def _draw_curve(
+    axes: Axes, curve: Curve, factor: float, colour: str, style: str, *, above: bool = False
+) -> None:
     points = sorted(curve.points, key=lambda point: point.cost.mean)
     cost = [point.cost.mean * factor for point in points]
     low, mean, high = (
         [100 * getattr(point.accuracy, end) for point in points] for end in ("low", "mean", "high")
     )
     axes.fill_between(cost, low, high, color=colour, alpha=0.12, linewidth=0)
-    axes.plot(cost, mean, style, color=colour, linewidth=1.4, markersize=3.5, label=curve.name)
+    axes.plot(
+        cost,
+        mean,
+        style,
+        color=colour,
+        linewidth=1.4,
+        markersize=3.5,
+        label=curve.name,
+        zorder=3 if above else 2,
+    )
 
 
 def _draw_one_step(axes: Axes, curve: Curve, factor: float) -> None:
@@ -109,7 +121,15 @@ def _draw_one_step(axes: Axes, curve: Curve, factor: float) -> None:
         [100 * (point.accuracy.high - point.accuracy.mean) for point in curve.points],
     ]
     axes.errorbar(
-        cost, mean, around, fmt="D", color=BLACK, markersize=4, linewidth=0.8, label=curve.name
+        cost,
+        mean,
+        around,
+        fmt="D",
+        color=BLACK,
+        markersize=4,
+        linewidth=0.8,
+        zorder=4,
+        label=curve.name,
     )
 
 

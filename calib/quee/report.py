@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from calib.quee.study import AtAccuracy, ColumnStudy, Curve, Interval, Study, verdict
+from calib.quee.study import GATE, AtAccuracy, ColumnStudy, Curve, Interval, Study, verdict
 from calib.quee.sweep import CurvePoint, Estimate
 from edge_runtime import schema
 from edge_runtime.console import Console
@@ -38,8 +38,8 @@ def show(study: Study, console: Console) -> None:
             _show_fixed(column, console)
     if study.calibration:
         console.table(
-            "expected calibration error of the targets on the test samples, mean over the paths",
-            ("clusters K", "ECE", "worst path"),
+            "calibration of the targets, test samples",
+            ("clusters K", "ECE, mean of the paths", "of the worst path"),
             [
                 (one.clusters, f"{one.error * 100:.2f} %", f"{max(one.paths) * 100:.2f} %")
                 for one in study.calibration
@@ -102,13 +102,14 @@ def _show_curves(column: ColumnStudy, samples: int, console: Console) -> None:
             _cost(point.cost, factor),
             " / ".join(f"{share * 100:.0f}" for share in curve.leaving(point).values()),
         )
-        for curve in column.curves
+        for curve in _shown(column)
         for i, point in enumerate(_thinned(curve.points))
     ]
     exits = " / ".join(column.reference.paths.exits)
     console.table(
-        f"accuracy against {name}, on {samples} test samples, with 95 % intervals",
-        ("curve", "lambda or threshold", "accuracy, %", name, f"leaving at {exits}, %"),
+        f"accuracy against {name}, on {samples} test samples, with 95 % intervals; settings are "
+        f"lambda or thresholds; leaving at {exits}",
+        ("curve", "setting", "accuracy, %", name, "leaving, %"),
         rows,
     )
 
@@ -119,14 +120,32 @@ def _show_costs(column: ColumnStudy, console: Console) -> None:
         f"{name} at equal accuracy, against {column.reference.name}; x: times its cost, paired "
         "95 % intervals",
         ("curve", "at least, %", "reached, %", name, "x [95 %]", "points gained [95 %]"),
-        [_cost_cells(one, factor) for one in column.at_accuracy],
+        _named_once([_cost_cells(one, factor) for one in _by_curve(column)]),
     )
     if column.rivals:
         console.table(
             f"{name} of the gate at equal accuracy, against other thresholds",
             ("against", "at least, %", "reached, %", name, "x [95 %]", "points gained [95 %]"),
-            [(one.reference, *_cost_cells(one, factor)[1:]) for one in column.rivals],
+            _named_once([(one.reference, *_cost_cells(one, factor)[1:]) for one in column.rivals]),
         )
+
+
+def _shown(column: ColumnStudy) -> list[Curve]:
+    """Curves whose points are printed: not those of the gate that weighs another cost."""
+    return [one for one in column.curves if one.name == GATE or not one.name.startswith(GATE)]
+
+
+def _by_curve(column: ColumnStudy) -> list[AtAccuracy]:
+    names = [one.name for one in column.curves]
+    return sorted(column.at_accuracy, key=lambda one: names.index(one.curve))
+
+
+def _named_once(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Rows without the first cell where it is that of the row before."""
+    before = ["", *(row[0] for row in rows)]
+    return [
+        ("", *row[1:]) if row[0] == name else row for name, row in zip(before, rows, strict=False)
+    ]
 
 
 def _cost_cells(one: AtAccuracy, factor: float) -> tuple[str, ...]:
@@ -178,12 +197,13 @@ def _thinned(points: Sequence[CurvePoint]) -> list[CurvePoint]:
 
 
 def _percent(value: Estimate) -> str:
-    return f"{value.mean * 100:.2f} [{value.low * 100:.2f}, {value.high * 100:.2f}]"
+    low, mean, high = (100 * x for x in (value.low, value.mean, value.high))
+    return f"{mean:.2f} [{low:.1f}, {high:.1f}]"
 
 
 def _cost(value: Estimate, factor: float) -> str:
     low, mean, high = (x * factor for x in (value.low, value.mean, value.high))
-    return f"{mean:.4g} [{low:.4g}, {high:.4g}]"
+    return f"{mean:.4g} [{low:.3g}, {high:.3g}]"
 
 
 def _interval(value: Interval, factor: float = 1, form: str = ".3f") -> str:

@@ -330,7 +330,7 @@ def cost_at_accuracy(
 def verdict(study: Study) -> tuple[str, ...]:
     """What the comparisons say, in sentences: per cost, the gate against each rival.
 
-    Nothing is weighed against each other: a sentence counts what the intervals say.
+    Each sentence says what the intervals of `AtAccuracy` say, one by one.
     """
     said = []
     for column in study.columns:
@@ -548,21 +548,19 @@ def _at_accuracy(
 
 
 def _sentence(name: str, compared: Sequence[AtAccuracy]) -> str:
-    words = {
-        "cheaper": f"cheaper than {name}",
-        "dearer": f"dearer than {name}",
-        "unclear": f"not clearly cheaper or dearer than {name}",
-        "only one": f"alone, which {name} never reaches,",
-        "out of reach": f"unable to get there (against {name})",
-    }
-    groups: dict[str, list[AtAccuracy]] = {}
+    groups: dict[str, list[str]] = {}
     for one in compared:
-        groups.setdefault(one.verdict, []).append(one)
-    parts = []
-    for found, members in groups.items():
-        at = ", ".join(_at(one) for one in members)
-        parts.append(f"{words[found]} at {at}")
-    return "the gate is " + "; ".join(parts)
+        groups.setdefault(one.verdict, []).append(_at(one))
+    words = {
+        "cheaper": "the gate is cheaper than {name} at {at}",
+        "dearer": "the gate is dearer than {name} at {at}",
+        "unclear": "the gate is neither clearly cheaper nor clearly dearer than {name} at {at}",
+        "only one": "{name} never reach {at}, the gate does",
+        "out of reach": "the gate, compared with {name}, never reaches {at}",
+    }
+    return "; ".join(
+        words[found].format(name=name, at=", ".join(at)) for found, at in groups.items()
+    )
 
 
 def _at(one: AtAccuracy) -> str:

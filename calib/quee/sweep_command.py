@@ -162,7 +162,7 @@ def _bases(
             if record.kind != "preprocess" and level in record.variants:
                 variants[record.name] = level
         last = one.test.paths.index(one.test.paths.dearest)
-        found[f"{name}, no exits"] = {
+        found[name] = {
             **base_costs(bundle, costs, variants),
             "accuracy": float(one.test.right[:, last].mean()),
         }

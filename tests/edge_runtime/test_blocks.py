@@ -10,7 +10,7 @@ from edge_runtime import Bundle, ConfigError, OperatingPoint, Stage
 from edge_runtime.blocks import Blocks, variants_of
 from edge_runtime.paths import Paths
 from engines.bundle import BuiltStage, with_variants, write_bundle
-from tests.edge_runtime.gated_bundles import EXITS, LEVELS, gate_model, gate_point, gated_bundle
+from tests.edge_runtime.gated_toys import EXITS, LEVELS, gate_model, gate_point, gated_bundle
 from tests.edge_runtime.gates import all_paths
 from tests.toys import dense_model, toy_cascade
 
@@ -108,7 +108,7 @@ def test_a_stage_that_is_called_as_a_variant_is_refused(tmp_path: Path) -> None:
         stages=[
             BuiltStage(
                 Stage(called.get(s.name, s.name), s.kind, s.inputs, s.outputs),
-                {at: models[s.name] for at in ("fp32", "int8")},
+                dict.fromkeys(("fp32", "int8"), models[s.name]),
             )
             for s in cascade.stages
         ],
@@ -116,7 +116,7 @@ def test_a_stage_that_is_called_as_a_variant_is_refused(tmp_path: Path) -> None:
         provenance={},
     )
     blocks = Blocks(bundle, Paths(("fp32", "int8"), EXITS, all_paths(2, 3)), {})
-    with pytest.raises(ConfigError, match=r"'segment1.int8' is called as the variant"):
+    with pytest.raises(ConfigError, match=r"'segment1\.int8' is called as the variant of"):
         blocks.loaded(bundle.cascade.plan(range(3)))
 
 

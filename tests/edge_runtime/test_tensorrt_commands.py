@@ -19,9 +19,11 @@ from edge_runtime import OperatingPoint, cli
 from edge_runtime.backends.cuda import backend
 from edge_runtime.engine_cache import EngineCache, EngineKey
 from engines import build_command
+from engines.bundle import with_variants
 from engines.tensorrt_build import BuildOptions, BuiltEngine
+from tests.edge_runtime.gated_toys import VARIANTS, gate_model, gate_point, gated_bundle
 from tests.tensorrt_on_fake_device import FakeTensorRT, make_plan
-from tests.toys import toy_bundle, toy_images
+from tests.toys import DENSE, toy_bundle, toy_images
 
 COUNT = 40
 MODES = ("graph", "polling", "sync", "run_all")
@@ -294,3 +296,116 @@ class TestWithout:
         monkeypatch.setattr(backend, "open_cuda", no_gpu)
         assert built.run(command) == 3
         assert one_line(capsys) == "error: no GPU is found. Install one"
+
+
+class TestGate:
+    """A point whose gate chooses precisions: all that it can choose is built, found and run."""
+
+    @pytest.fixture
+    def gated(self, robot: Robot) -> Robot:
+        robot.bundle = gated_bundle(robot.folder / "gated")
+        gate_point(robot.bundle, gate_model(robot.bundle), cost="latency", trade_off=0.1)
+        return robot
+
+    def test_build_makes_every_variant_that_a_path_can_take(self, gated: Robot) -> None:
+        rows = gated.result("build")["engines"]
+        found = {(row["stage"], row["precision"]) for row in rows}
+        assert found == {(stage, "fp32") for stage in ("preprocess", "saver", *DENSE)} | {
+            (stage, level) for stage, levels in VARIANTS.items() for level in levels
+        }
+        assert {(key.stage, key.precision) for key in gated.built_keys()} == found
+
+    @pytest.mark.parametrize(
+        ("mode", "way"),
+        [
+            ("polling", {}),
+            ("sync", {}),
+            ("best", {}),
+            ("polling", {"overlap": True}),
+            ("sync", {"time_stages": True}),
+        ],
+    )
+    def test_it_answers_as_on_onnxruntime(
+        self, gated: Robot, mode: Any, way: dict[str, bool]
+    ) -> None:
+        assert gated.run("build") == 0
+        options = {"operating_point": "gate", "image_size": (5, 7)}
+        with er.load(gated.bundle, **options) as host:
+            want = [host(image) for image in gated.images]
+        assert len({ran(one) for one in want}) > 2
+        device = er.load(
+            gated.bundle,
+            backend="tensorrt",
+            options=backend.CudaOptions(mode=mode, **way),
+            **options,
+        )
+        with device:
+            held = len(device.backend.cuda.live)
+            for image, one in zip(gated.images, want, strict=True):
+                got = device(image)
+                assert (got.label, got.exit, ran(got)) == (one.label, one.exit, ran(one))
+            assert [ran(one) for one in device.each(gated.images)] == [ran(one) for one in want]
+            assert device.backend.mode == ("polling" if mode == "best" else mode)
+            assert len(device.backend.cuda.live) == held
+            one = device(gated.images[0])
+            assert 0 < device.gate_s < one.latency_s
+
+    @pytest.mark.parametrize(
+        ("mode", "why"), [("graph", "decided on the device"), ("run_all", "before the first exit")]
+    )
+    def test_modes_in_which_nobody_asks_the_gate_are_refused(
+        self, gated: Robot, mode: str, why: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert gated.run("build") == 0
+        words = ("--operating-point", "gate", "--mode", mode)
+        assert gated.run("evaluate", *words) == 3
+        line = one_line(capsys)
+        assert f"the mode {mode!r} is not available here: a gate can't run in it" in line
+        assert why in line
+        assert "Modes that are: polling, sync" in line
+
+    def test_preprocessing_is_said_to_run_as_it_does(self, robot: Robot) -> None:
+        """TensorRT takes a variant of its own, which nobody has chosen."""
+        plain = gated_bundle(robot.folder / "gated")
+        cast_first = {"preprocess": {"fp32_cast_first": plain.stage_model("preprocess", "fp32")}}
+        robot.bundle = with_variants(plain, cast_first, robot.folder / "cast.bundle", provenance={})
+        gate_point(robot.bundle, gate_model(robot.bundle))
+        assert robot.run("build") == 0
+        with er.load(
+            robot.bundle, backend="tensorrt", operating_point="gate", image_size=(5, 7)
+        ) as device:
+            first = device(robot.images[0]).trace.stages[0]
+            assert (first.stage, first.precision) == ("preprocess", "fp32_cast_first")
+            assert device.precisions["preprocess"] == ("fp32_cast_first",)
+
+    def test_a_missing_engine_names_what_builds_it(
+        self, gated: Robot, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert gated.run("build", "--precision", "fp32") == 0
+        assert gated.run("evaluate", "--operating-point", "gate") == 1
+        what, _, remedy = one_line(capsys).partition(" Build it with: ")
+        assert "stage 'segment1' has no TensorRT engine (fp16)" in what
+        assert cli.main(shlex.split(remedy)[1:]) == 0
+        assert gated.run("evaluate", "--operating-point", "gate") == 0
+
+    def test_a_gate_outside_the_bundle_s_points_is_not_built_by_default(
+        self, gated: Robot, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The remedy names the precision then."""
+        inside = gated.bundle.path / "operating_points" / "gate.json"
+        outside = inside.rename(gated.folder / "gate.json")
+        assert gated.run("build") == 0
+        assert gated.run("evaluate", "--operating-point", str(outside)) == 1
+        line = one_line(capsys)
+        assert "--precision fp16" in line
+
+    def test_an_altered_gate_is_not_built_for(
+        self, gated: Robot, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (gated.bundle.path / "operating_points" / "gate.npz").write_bytes(b"")
+        assert gated.run("build") == 1
+        assert "gate.npz was altered" in one_line(capsys)
+
+
+def ran(prediction: Any) -> tuple[tuple[str, str], ...]:
+    return tuple((run.stage, run.precision) for run in prediction.trace.stages)

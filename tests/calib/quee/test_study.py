@@ -157,8 +157,10 @@ class TestCostAtAccuracy:
         assert {one.verdict for one in rival} == {"out of reach"}
 
     def test_thresholds_at_int8_win_where_their_accuracy_is_enough(self):
-        made = a_study(drops=(0.34,))
+        # At lambda 1.5 the gate has given up the precise samples, as int8 has to.
+        made = a_study(trade_offs=(0.0, 1.5), drops=(0.35,))
         (rival,) = made.columns[0].against["thresholds, all int8"]
+        assert rival.setting == 1.5
         assert rival.verdict == "dearer"
         assert rival.ratio.low > 1
 
@@ -201,9 +203,9 @@ class TestVerdict:
     def test_it_says_for_each_cost_and_rival_what_the_intervals_say(self, made):
         said = verdict(made)
         assert said[0].startswith("bitops: the gate is cheaper than thresholds, fp32 at 100.00 % (")
-        assert "which thresholds, all int8 never reaches, at 100.00 %, 99.50 %" in said[1]
+        assert said[1].startswith("bitops: thresholds, all int8 never reach 100.00 %, 99.50 %")
         assert said[2].startswith("bitops: where as accurate as fp32 without exits (100.00 %)")
-        assert said[4].startswith("exits: the gate is not clearly cheaper or dearer than")
+        assert said[4].startswith("exits: the gate is neither clearly cheaper")
 
     def test_fixed_precision_that_no_gate_reaches(self):
         tables = both(400, 2)

@@ -31,6 +31,7 @@ CHANGED = {"fp16": 1.2, "int8": 1.5}
 
 def gated_bundle(folder: Path) -> Bundle:
     """The toy bundle; what a stage computes at a level differs from what it does at the others."""
+    folder.mkdir(exist_ok=True)
     plain = toy_bundle(folder / "plain.bundle")
     models = {}
     for name, levels in VARIANTS.items():
@@ -57,21 +58,13 @@ def gate_model(
     levels: Sequence[str] = LEVELS,
     paths: Sequence[Levels] | None = None,
     kind: GateKind = "paths",
-    seed: int = 3,
+    seed: int = 244,
     costs: dict[str, Any] | None = None,
 ) -> GateModel:
     """A gate whose random weights make it take many paths."""
     generator = np.random.default_rng(seed)
     known = Paths(tuple(levels), EXITS, tuple(paths or all_paths(len(levels), len(EXITS))))
-    predictors = tuple(
-        ErrorPredictor(
-            **{
-                name: generator.normal(size=shape).astype(np.float32)
-                for name, shape in ErrorPredictor.shapes(4, len(EXITS), 8).items()
-            }
-        )
-        for _ in EXITS[1:]
-    )
+    predictors = tuple(_predictor(generator) for _ in EXITS[1:])
     if costs is None:
         costs = {
             "latency": {known.name(path): sum(8 - 2 * b for b in path) for path in known.paths},
@@ -86,6 +79,17 @@ def gate_model(
         kind=kind,
         trade_off=None if kind == "paths" else 0.5,
     )
+
+
+def _predictor(generator: np.random.Generator) -> ErrorPredictor:
+    """Random weights under which what exits say counts as much as the path does."""
+    shapes = ErrorPredictor.shapes(4, len(EXITS), 16)
+    drawn = {name: generator.normal(size=shape) for name, shape in shapes.items()}
+    drawn["features"] *= 6
+    drawn["bias"] -= drawn["features"][:4].mean(axis=0) + drawn["features"][4:8].mean(axis=0)
+    drawn["codes"] *= 3
+    drawn["output"] /= 4
+    return ErrorPredictor(**{name: array.astype(np.float32) for name, array in drawn.items()})
 
 
 def gate_point(bundle: Bundle, model: GateModel, name: str = "gate", **options: Any) -> Any:
