@@ -86,7 +86,7 @@ def fit_gate(
 
     Raises:
         CalibrationError: Too few validation samples for the clusters.
-        ConfigError: One exit or one level only, tables of different paths or bundles, or a level
+        ConfigError: One exit only, tables of different paths or bundles, or a level
             without a bit width.
         BackendUnavailable: torch or scikit-learn is not installed.
         KeyboardInterrupt: On Ctrl-C before every predictor had an epoch.
@@ -208,13 +208,6 @@ def _targets(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Targets of both tables, shapes (N, P)."""
     paths = train.paths
-    if len(paths.levels) < 2:
-        raise ConfigError(
-            "a gate chooses among precisions",
-            got=f"paths at {paths.levels[0]} alone",
-            expected="two levels at least",
-            remedy="Make variants of the stages with: edge-runtime quantize, or convert",
-        )
     if len(paths.exits) < 2:
         raise ConfigError("a gate needs exits", got="one", expected="two at least")
     val.check_names(paths)

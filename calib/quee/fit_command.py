@@ -23,7 +23,7 @@ from calib.quee.table import PathTable
 from edge_runtime import device, options
 from edge_runtime.console import Console, milliseconds, percent
 from edge_runtime.dataset import ImageDataset, overlap
-from edge_runtime.errors import CalibrationError, ConfigError
+from edge_runtime.errors import ConfigError
 from edge_runtime.files import sha256
 from edge_runtime.gate import Gate
 from edge_runtime.gate_model import GateModel
@@ -57,9 +57,9 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     rule = levels_by_rule(bundle, make, val, console)
     levels = tuple(args.levels.split(",")) if args.levels else rule
     if len(levels) < 2:
-        raise CalibrationError(
-            f"the paper's rule leaves one level, {levels[0]}, which keeps the last exit's accuracy",
-            remedy=f"Take the levels yourself: --levels {','.join(precisions_of(bundle))}",
+        console.note(
+            f"one level, {levels[0]}: this gate decides about exits only. For several: --levels "
+            f"{','.join(precisions_of(bundle))}"
         )
     family = family_of(bundle, levels, most=args.most_paths or MOST_PATHS, seed=args.seed)
     known, targets = (collect_paths(bundle, family, make, data, console) for data in (train, val))

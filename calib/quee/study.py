@@ -361,9 +361,11 @@ def _check(
             "validation tables", got=", ".join(validation) or "none", expected=", ".join(tables)
         )
     wide = [name for name, table in tables.items() if len(table.paths.levels) > 1]
+    if len(gate.paths.levels) == 1:
+        wide += [name for name, table in tables.items() if table.paths == gate.paths]
     if len(wide) != 1:
         raise ConfigError(
-            "tables of several levels",
+            "tables of several levels, or of the gate's one",
             got=", ".join(wide) or "none",
             expected="the gate's own; the others have one level each",
         )

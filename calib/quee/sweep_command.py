@@ -128,6 +128,8 @@ def _collect(
     make = backend_maker(args, bundle)
     families = {_GATE: Family("the gate's", model.paths, {})}
     for name in precisions_of(bundle):
+        if model.paths.levels == (name,):
+            continue
         families[f"all {name}"] = family_of(bundle, (name,), name=f"all {name}")
     if args.mixed:
         families["mixed"] = mixed_family(bundle, bundle.operating_point(args.mixed).variants)

@@ -18,6 +18,7 @@ from calib.quee.fit import FitOptions, fit_gate, fit_one_step
 from calib.quee.routing import NEAR_TIE, route_table
 from calib.quee.sweep import Resampling, curve, sweep
 from calib.quee.to_onnx import to_onnx
+from edge_runtime.backends.onnxrt import new_session
 from edge_runtime.console import Console
 from edge_runtime.errors import CalibrationError, ConfigError
 from edge_runtime.gate import Gate
@@ -204,18 +205,19 @@ class TestInterrupted:
             fit_gate(population(60, 0)[0], population(120, 1)[0], OPTIONS, console=Console())
 
 
-class TestRefused:
-    def test_one_precision(self):
-        train, val = (population(60, seed)[0].of(PATHS) for seed in (0, 1))
-        alone = Paths(("fp32",), PATHS.exits, ((0,), (0, 0), (0, 0, 0)))
-        rows = [PATHS.index(path) for path in alone.paths]
-        single = [
-            replace(t, paths=alone, probabilities=t.probabilities[:, rows], costs={})
-            for t in (train, val)
-        ]
-        with refused(ConfigError, "a gate chooses among precisions: got paths at fp32 alone"):
-            fit_gate(*single, OPTIONS, console=Console())
+def test_at_one_precision_a_gate_decides_about_exits_only() -> None:
+    train, val = (population(400, seed)[0] for seed in (0, 1))
+    alone = Paths(("fp32",), PATHS.exits, ((0,), (0, 0), (0, 0, 0)))
+    rows = [PATHS.index(path) for path in alone.paths]
+    single = [
+        replace(t, paths=alone, probabilities=t.probabilities[:, rows], costs={})
+        for t in (train, val)
+    ]
+    model = fit_gate(*single, OPTIONS, console=Console())
+    assert [predictor.hidden for predictor in model.predictors] == [OPTIONS.hidden] * 2
 
+
+class TestRefused:
     def test_tables_that_do_not_belong_together(self):
         train, val = (population(120, seed)[0] for seed in (0, 1))
         with refused(ConfigError, "the validation table is of another bundle: got none"):
@@ -247,16 +249,11 @@ class TestRefused:
 
 @pytest.mark.parametrize("kind", ["paths", "one_step"])
 def test_the_onnx_model_says_what_the_predictor_says(fitted, test_data, kind):
-    runtime = pytest.importorskip("onnxruntime")
     table, _ = test_data
     model = replace(fitted, kind=kind, trade_off=None if kind == "paths" else 0.1)
     before, now = table.probabilities[:9, 0], table.probabilities[:9, PATHS.index((0, 1))]
     features, codes = input_features(now, before), PATHS.codes(PATHS.paths)
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = runtime.InferenceSession(
-        to_onnx(model, 1), options, providers=["CPUExecutionProvider"]
-    )
+    session = new_session(to_onnx(model, 1))
     (found,) = session.run(None, {"features": features, "codes": codes})
     predictor = model.predictors[1]
     said = predictor.errors if kind == "paths" else predictor.scores

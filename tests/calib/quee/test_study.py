@@ -248,7 +248,7 @@ class TestRefused:
 
     def test_no_table_of_the_gates_own(self):
         only = {"all int8": all_int8(50, 1)}
-        with refused(ConfigError, "tables of several levels: got none"):
+        with refused(ConfigError, "tables of several levels, or of the gate's one: got none"):
             a_study(tables=only, validation=only)
 
     def test_too_few_samples_for_clusters(self):
