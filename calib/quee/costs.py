@@ -16,7 +16,7 @@ from calib.quee.table import PathTable, sum_of_blocks
 from edge_runtime import confidence
 from edge_runtime.backends.base import Backend
 from edge_runtime.blocks import Blocks
-from edge_runtime.cascade import Plan, Stage
+from edge_runtime.cascade import Plan, Stage, Step
 from edge_runtime.console import Console
 from edge_runtime.dataset import ImageDataset
 from edge_runtime.errors import BackendError
@@ -47,7 +47,7 @@ class StageCosts:
         seconds: Stage and precision -> median seconds on this device.
         decide_s: Median seconds of judging an exit.
         frame_s: Median seconds of taking in an image.
-        gate_s: Median seconds of a gate's decision, softmax included; 0 where none was timed.
+        gate_s: Median seconds of a gate's decision, with fetching logits and softmax.
         joules: Stage and precision -> joules on this device; empty where nothing measures them.
         no_energy: Why not.
     """
@@ -67,6 +67,7 @@ def measure_costs(
     data: ImageDataset,
     console: Console,
     energy: Found,
+    gate: Gate,
 ) -> StageCosts:
     """Time every variant of every stage, in turn, and measure its energy where that can be.
 
@@ -76,6 +77,7 @@ def measure_costs(
         data: Images.
         console: Shows progress.
         energy: Readers of energy.
+        gate: Is timed behind the stages, where it finds cold caches as in use.
 
     Raises:
         BackendError: The backend does not tell how long a stage takes.
@@ -86,7 +88,7 @@ def measure_costs(
     images = [data.image(i)[None] for i in range(min(len(data), _ROUNDS))]
     backend = new_backend()
     backend.host_decides = True
-    timer = _Timer(bundle, plan, backend)
+    timer = _Timer(bundle, plan, backend, gate)
     try:
         backend.open(timer.loaded, image_axes(plan, (height, width)), {})
         if backend.asynchronous:
@@ -106,6 +108,7 @@ def measure_costs(
         seconds={key: float(np.median(times)) for key, times in timer.seconds.items()},
         decide_s=float(np.median(timer.deciding)),
         frame_s=float(np.median(timer.feeding)),
+        gate_s=float(np.median(timer.gating)) if timer.gating else 0.0,
         joules=joules,
         no_energy=why,
     )
@@ -183,28 +186,12 @@ def bits(precision: str) -> int:
     return int(found.group()) if found else 32
 
 
-def gate_seconds(gate: Gate, table: PathTable) -> float:
-    """Median time of a gate's decision at the first exit, its softmax included.
-
-    Args:
-        gate: The gate.
-        table: Of its paths; its first samples are decided about.
-    """
-    first = table.probabilities[:, table.paths.index((0,))]
-    logits = np.log(np.maximum(first, 1e-12))
-    times = []
-    for row in logits[np.arange(2 * _ROUNDS) % len(logits)]:
-        begin = time.perf_counter()
-        gate.route(0, (0,), confidence.probabilities(row), None)
-        times.append(time.perf_counter() - begin)
-    return float(np.median(times[_ROUNDS:]))
-
-
 class _Timer:
     """Runs all variants of all stages, block by block."""
 
-    def __init__(self, bundle: Bundle, plan: Plan, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, plan: Plan, backend: Backend, gate: Gate) -> None:
         self._plan = plan
+        self._gate = gate
         self._backend = backend
         self._rng = np.random.default_rng(0)
         #: What the backend calls each variant.
@@ -235,12 +222,14 @@ class _Timer:
         self.seconds: dict[Variant, list[float]] = {key: [] for key in self._names}
         self.deciding: list[float] = []
         self.feeding: list[float] = []
+        self.gating: list[float] = []
 
     def round(self, image: NDArray[np.uint8]) -> None:
         """Run every variant once, those of a stage in an order drawn anew."""
         begin = time.perf_counter()
         self._backend.feed(image)
         self.feeding.append(time.perf_counter() - begin)
+        before = None
         for step in self._plan.steps:
             for stage in step.stages:
                 keys = self._variants(stage)
@@ -249,7 +238,17 @@ class _Timer:
             begin = time.perf_counter()
             self._backend.decide(step.exit.logits, "max_softmax", 1.0)
             self.deciding.append(time.perf_counter() - begin)
+            if step is not self._plan.steps[-1]:
+                before = self._gated(step, before)
         self._backend.done()
+
+    def _gated(self, step: Step, before: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        """Let the gate decide about a sample that came at the highest level."""
+        begin = time.perf_counter()
+        now = confidence.probabilities(self._backend.read(step.exit.logits)[0])
+        self._gate.route(step.position, (0,) * (step.position + 1), now, before)
+        self.gating.append(time.perf_counter() - begin)
+        return now
 
     def energy(
         self, image: NDArray[np.uint8], found: Found, console: Console

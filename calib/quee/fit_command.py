@@ -16,7 +16,7 @@ from calib.quee.collect import (
     family_of,
     precisions_of,
 )
-from calib.quee.costs import gate_seconds, measure_costs, with_costs
+from calib.quee.costs import measure_costs, with_costs
 from calib.quee.fit import FitOptions, fit_gate
 from calib.quee.routing import route_table
 from calib.quee.table import PathTable
@@ -64,9 +64,8 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     family = family_of(bundle, levels, most=args.most_paths or MOST_PATHS, seed=args.seed)
     known, targets = (collect_paths(bundle, family, make, data, console) for data in (train, val))
     model = fit_gate(known, targets, wanted, console=console)
-    costs = measure_costs(bundle, make, val, console, find(gpu=gpu_of(args)))
-    timing = Gate(model, dict.fromkeys(family.paths.paths, 1.0), 0.0)
-    costs = replace(costs, gate_s=gate_seconds(timing, targets))
+    gate = Gate(model, dict.fromkeys(family.paths.paths, 1.0), TRADE_OFF)
+    costs = measure_costs(bundle, make, val, console, find(gpu=gpu_of(args)), gate)
     table = with_costs(targets, bundle, family, costs, gated=True)
     if (args.cost or COST) not in table.costs:
         raise ConfigError(

@@ -199,6 +199,7 @@ def make_study(
     *,
     base: Mapping[str, Mapping[str, float]],
     columns: Sequence[str],
+    reference: tuple[PathTable, PathTable] | None = None,
     trade_offs: Sequence[float] = TRADE_OFFS,
     one_step: Sequence[GateModel] = (),
     clusters: Sequence[int] = (),
@@ -217,6 +218,8 @@ def make_study(
         validation: The same names; thresholds are chosen there.
         base: Precision without exits -> its cost in every column, and its "accuracy".
         columns: Costs that are shown.
+        reference: Validation and test table of thresholds at the gate's highest level, whose costs
+            hold no gate; the gate's own tables where None.
         trade_offs: Values of lambda.
         one_step: Gates of the kind "one_step", fitted for one of the columns each.
         clusters: Numbers of clusters whose calibration error is found.
@@ -246,7 +249,7 @@ def make_study(
         ]
         for weighed in columns
     }
-    rivals = _thresholds(gate, own, tables, validation)
+    rivals = _thresholds(gate, reference or (validation[own], table), own, tables, validation)
     studies = []
     for column in columns:
         rules: dict[str, tuple[Sequence[float], Sequence[RoutedTable]]] = {
@@ -414,26 +417,27 @@ def _check_one_step(model: GateModel, gate: GateModel, columns: Sequence[str]) -
 
 def _thresholds(
     gate: GateModel,
+    reference: tuple[PathTable, PathTable],
     own: str,
     tables: Mapping[str, PathTable],
     validation: Mapping[str, PathTable],
 ) -> dict[str, tuple[Sequence[float], Sequence[RoutedTable]]]:
     """Curves of thresholds; the reference is the first."""
     highest = gate.paths.levels[0]
-    named = [(f"thresholds, {highest}", own)] + [
-        (f"thresholds, {name}", name)
+    named = [(f"thresholds, {highest}", *reference)] + [
+        (f"thresholds, {name}", validation[name], table)
         for name, table in tables.items()
         if name != own and table.paths.levels != (highest,)
     ]
-    twice, count = Counter(name for name, _ in named).most_common(1)[0]
+    twice, count = Counter(name for name, *_ in named).most_common(1)[0]
     if count > 1:
         raise ConfigError(
             f"two curves would be named {twice!r}", remedy="Name the tables otherwise"
         )
     curves: dict[str, tuple[Sequence[float], Sequence[RoutedTable]]] = {}
-    for name, key in named:
-        values = thresholds(validation[key])
-        curves[name] = (values, threshold_curve(tables[key], values))
+    for name, known, table in named:
+        values = thresholds(known)
+        curves[name] = (values, threshold_curve(table, values))
     return curves
 
 

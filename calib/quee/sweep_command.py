@@ -19,7 +19,7 @@ from calib.quee.collect import (
     mixed_family,
     precisions_of,
 )
-from calib.quee.costs import StageCosts, base_costs, gate_seconds, measure_costs, with_costs
+from calib.quee.costs import StageCosts, base_costs, measure_costs, with_costs
 from calib.quee.fit import FitOptions, fit_one_step
 from calib.quee.fit_command import NAME, backend_maker, gpu_of, open_images
 from calib.quee.routing import route_table
@@ -69,15 +69,18 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     lambdas = _lambdas(args.lambdas)
     val, test = (open_images(args, bundle, name) for name in ("val", "data"))
     found = _collect(args, bundle, model, val, test, console)
-    own = found[_GATE]
-    costs = measure_costs(bundle, backend_maker(args, bundle), val, console, find(gpu=gpu_of(args)))
-    timing = Gate(model, model.costs(point.gate.cost), 0.0)
-    costs = replace(costs, gate_s=gate_seconds(timing, own.val))
+    gate = Gate(model, model.costs(point.gate.cost), point.gate.trade_off)
+    costs = measure_costs(
+        bundle, backend_maker(args, bundle), val, console, find(gpu=gpu_of(args)), gate
+    )
     tables = {name: _priced(bundle, one, costs, gated=name == _GATE) for name, one in found.items()}
+    top = tables[f"all {model.paths.levels[0]}"]
+    compared = {name: one for name, one in tables.items() if one is not top}
     study = make_study(
         model,
-        {name: one.test for name, one in tables.items()},
-        {name: one.val for name, one in tables.items()},
+        {name: one.test for name, one in compared.items()},
+        {name: one.val for name, one in compared.items()},
+        reference=(top.val, top.test),
         base=_bases(bundle, tables, costs),
         columns=[*_COLUMNS, *(["energy"] if costs.joules else [])],
         trade_offs=lambdas,
@@ -128,8 +131,6 @@ def _collect(
     make = backend_maker(args, bundle)
     families = {_GATE: Family("the gate's", model.paths, {})}
     for name in precisions_of(bundle):
-        if model.paths.levels == (name,):
-            continue
         families[f"all {name}"] = family_of(bundle, (name,), name=f"all {name}")
     if args.mixed:
         families["mixed"] = mixed_family(bundle, bundle.operating_point(args.mixed).variants)
