@@ -54,6 +54,9 @@ def describe(point: OperatingPoint) -> str:
     """Policy, metric and thresholds of a point, on one line."""
     if point.policy == "never":
         return "no early exit"
+    if point.gate is not None:
+        gate = point.gate
+        return f"gate {gate.file}, weighing {gate.cost}, lambda {gate.trade_off:g}"
     parts = [point.policy.replace("_", " ")]
     if "patien" in point.policy:
         parts.append(f"patience {point.patience}")

@@ -62,6 +62,13 @@ def test_a_fitted_gate_runs_from_the_bundle(folder: Path, fitted: dict) -> None:
     assert all(trace.stages[0].stage == "preprocess" for trace in traces)
 
 
+def test_info_says_what_the_gate_weighs(
+    folder: Path, fitted: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["info", str(folder / "toy.bundle")]) == 0
+    assert "gate: gate gate.npz, weighing latency, lambda 0.1" in capsys.readouterr().out
+
+
 def test_every_path_has_every_cost(fitted: dict) -> None:
     costs = fitted["figures"]["costs"]
     assert {"bit_operations", "macs", "latency"} <= costs.keys()
