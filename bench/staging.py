@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 import edge_runtime as er
 from bench.latency.lineup import one_session
-from bench.latency.naive import OtherProcess
+from bench.latency.other_process import OtherProcess
 from edge_runtime import device, options
 from edge_runtime.backends.fake import FakeBackend
 from edge_runtime.backends.onnxrt import OnnxRuntimeBackend, OnnxRuntimeOptions

@@ -123,15 +123,13 @@ def ratio(
     block = max(1, min(block, rounds // 20))
     starts = np.random.default_rng(seed).integers(0, rounds, (resamples, -(-rounds // block)))
     if statistic is np.mean:
-        values = _block_sums(a, block)[starts].sum(axis=1) / _block_sums(b, block)[starts].sum(
-            axis=1
-        )
-        low, high = np.percentile(values, [2.5, 97.5])
-        return Ratio(float(a.mean() / b.mean()), float(low), float(high))
-    values = np.empty(resamples)
-    for i, row in enumerate(starts):
-        rows = ((row[:, None] + np.arange(block)) % rounds).ravel()[:rounds]
-        values[i] = statistic(a[rows]) / statistic(b[rows])
+        sums = [_block_sums(series, block)[starts].sum(axis=1) for series in (a, b)]
+        values = sums[0] / sums[1]
+    else:
+        values = np.empty(resamples)
+        for i, row in enumerate(starts):
+            rows = ((row[:, None] + np.arange(block)) % rounds).ravel()[:rounds]
+            values[i] = statistic(a[rows]) / statistic(b[rows])
     low, high = np.percentile(values, [2.5, 97.5])
     return Ratio(float(statistic(a) / statistic(b)), float(low), float(high))
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from bench.latency.forced import always
 from bench.latency.frames import Frames
-from bench.latency.naive import OtherProcess
+from bench.latency.other_process import OtherProcess
 from bench.latency.subjects import Elsewhere, Session, Staged, Subject
 from bench.simulate.table import table_points
 from edge_runtime import options

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.latency.naive import OtherProcess
+from bench.latency.other_process import OtherProcess
 from edge_runtime.operating_point import OperatingPoint
 from edge_runtime.prediction import Prediction
 from edge_runtime.scheduler import Scheduler

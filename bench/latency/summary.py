@@ -25,7 +25,7 @@ from bench.result import (
 from edge_runtime.cascade import Cascade
 from edge_runtime.timing import ratio
 
-#: trexec's limits above which a run is not to be trusted.
+#: trtexec's limits above which a run is not to be trusted.
 UNSTEADY, ENQUEUE_BOUND = 0.025, 0.8
 #: Share of time that other guests of the host may take before a run is not to be trusted.
 STOLEN = 0.02

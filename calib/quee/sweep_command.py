@@ -33,7 +33,6 @@ from edge_runtime.evaluate import classify_in_turn
 from edge_runtime.gate import Gate, check_trade_off
 from edge_runtime.gate_model import GateModel
 from edge_runtime.gated import GatedScheduler
-from edge_runtime.load import load
 from edge_runtime.manifest import Bundle
 from edge_runtime.operating_point import OperatingPoint
 from edge_runtime.power.find import find
@@ -216,12 +215,14 @@ def _measure(
     }
     choices = {f"gate, lambda {value:g}": value for value in _MEASURED}
     with ExitStack() as stack:
-        base = _open(args, bundle, OperatingPoint("base", policy="never", variants=variants), data)
+        base = options.open_cascade(
+            args, bundle, data, OperatingPoint("base", policy="never", variants=variants)
+        )
         subjects: dict[str, Callable[[NDArray[Any]], object]] = {"base": stack.enter_context(base)}
         gates: dict[str, GatedScheduler] = {}
         for name, value in choices.items():
             own = replace(point, gate=replace(point.gate, trade_off=value))
-            opened = stack.enter_context(_open(args, bundle, own, data))
+            opened = stack.enter_context(options.open_cascade(args, bundle, data, own))
             assert isinstance(opened, GatedScheduler)
             gates[name] = subjects[name] = opened
         spent: dict[str, list[float]] = {name: [] for name in gates}
@@ -276,16 +277,3 @@ def _recorded(scheduler: GatedScheduler, spent: list[float]) -> Callable[[NDArra
         return answer
 
     return classify
-
-
-def _open(
-    args: argparse.Namespace, bundle: Bundle, point: OperatingPoint, data: ImageDataset
-) -> Any:
-    height, width, _ = data.image_shape
-    return load(
-        bundle,
-        backend=args.backend,
-        operating_point=point,
-        image_size=(height, width),
-        options=options.backend_options(args),
-    )

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.latency import naive
-from bench.latency.naive import OtherProcess, wait_until_idle
+from bench.latency import other_process
+from bench.latency.other_process import OtherProcess, wait_until_idle
 from edge_runtime.errors import BackendError, ConfigError, InputError, ManifestError
 from edge_runtime.load import load
 from edge_runtime.operating_point import OperatingPoint
@@ -30,7 +30,7 @@ SIZE = IMAGES.shape[1:3]
 #: Opens the process of a bundle, tells its pid, and waits to be ended.
 USER = """
 import sys, time
-from bench.latency.naive import OtherProcess
+from bench.latency.other_process import OtherProcess
 from edge_runtime.operating_point import OperatingPoint
 point = OperatingPoint("p", policy="never")
 try:
@@ -140,7 +140,7 @@ def test_a_killed_process_is_an_error_that_says_so(bundle: Path) -> None:
 def test_what_a_dying_process_said_is_quoted_and_handed_on(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(naive, "_START", "import sys; sys.exit('no room\\nfor it')")
+    monkeypatch.setattr(other_process, "_START", "import sys; sys.exit('no room\\nfor it')")
     with pytest.raises(BackendError, match=r"ended with code 1; it said: no room / for it$"):
         OtherProcess(bundle, POINT, SIZE, kind="naive").open()
     assert capsys.readouterr().err == "no room\nfor it\n"

@@ -50,7 +50,7 @@ _START = """
 import sys
 sys.path = [folder for folder in sys.path if folder]
 sys.path.append(sys.argv[1])
-from bench.latency.naive import main
+from bench.latency.other_process import main
 main()
 """
 #: What the child may raise by name.
